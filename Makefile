@@ -1,0 +1,51 @@
+# `make demo` and `make test` do everything on a fresh machine with Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+.PHONY: demo demo-dense test test-lowest lint bench-overhead clean
+
+demo: $(VENV)/.demo  ## train a sparse English-German translator from nothing
+	$(BIN)/accelerate launch --num_processes 1 scripts/translate.py recipes/translation/demo.yaml $(DEMO_ARGS)
+
+demo-dense: $(VENV)/.demo  ## the same steps without GaP: the figure that the demo is compared with
+	$(BIN)/accelerate launch --num_processes 1 scripts/translate.py recipes/translation/demo-dense.yaml $(DEMO_ARGS)
+
+test: $(VENV)/.test  ## everything but benchmarks; needs no network and no GPU
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+test-lowest: .venv-lowest/.test  ## the same tests at the lower bounds of pyproject.toml
+	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench-overhead: $(VENV)/.demo  ## cost of a GaPTrainer step against Trainer's: paired, interleaved
+	$(BIN)/python benchmarks/overhead.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[translation]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+.venv-lowest/.test: pyproject.toml tools/lowest.py
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tools/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install -q -c .venv-lowest/constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-lowest runs

@@ -1,0 +1,191 @@
+"""Config, masks and plan position on disk, beside a model. Safetensors and JSON only; loading is strict.
+
+`gap_config.json` says what the masks belong to; `gap_masks.safetensors` holds one bit per weight: ``mask/NAME``
+for every sparse tensor, ``previous/NAME`` for the last-prune mask of every tensor that is dense at the moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gap_hf.config import GaPConfig
+from gap_hf.errors import GaPError
+from gap_hf.masks import pack_bits, unpack_bits
+from gap_hf.plan import Plan
+from gap_hf.sparsifier import Sparsifier
+
+CONFIG_NAME = "gap_config.json"
+MASKS_NAME = "gap_masks.safetensors"
+VERSION = 1
+# What a resume may change: it bears on how training ends, not on any mask.
+_FREE_KEYS = ("best_model_at_target", "prune_if_stopped")
+
+
+@dataclass(frozen=True)
+class GaPState:
+    """What a checkpoint records: enough to go on exactly, with the weights and optimizer that Trainer saves."""
+
+    config: GaPConfig
+    plan: Plan
+    seed: int
+    step: int
+    masks: dict[str, Tensor | None]
+    previous: dict[str, Tensor]
+
+
+def save(folder: str | Path, sparsifier: Sparsifier, *, step: int) -> None:
+    """Write the two files into `folder`, which is made if need be; each is complete or absent."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    masks = {name: sparsifier.masks[name] for name in sparsifier.weights}
+    bits = {f"mask/{name}": pack_bits(mask) for name, mask in masks.items() if mask is not None}
+    bits |= {f"previous/{name}": pack_bits(mask) for name, mask in sparsifier.previous.items()}
+    masks_file = folder / f".{MASKS_NAME}.part"
+    save_file(bits, masks_file, metadata={"format": "pt"})
+    header = {
+        "format": "gap_hf",
+        "version": VERSION,
+        "config": sparsifier.config.to_dict(),
+        "seed": sparsifier.seed,
+        "step": step,
+        "at_target": sparsifier.at_target,
+        "sparsity": sparsifier.sparsity(),
+        "model_sparsity": sparsifier.model_sparsity(),
+        "masks_sha256": _sha256(masks_file),
+        "weights": [
+            {
+                "name": weight.name,
+                "shape": list(weight.shape),
+                "live": sparsifier.masks.live(weight.name),
+                "dense": masks[weight.name] is None,
+            }
+            for weight in sparsifier.weights.values()
+        ],
+        "plan": sparsifier.plan.to_dict(),
+    }
+    config_file = folder / f".{CONFIG_NAME}.part"
+    config_file.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    os.replace(masks_file, folder / MASKS_NAME)
+    os.replace(config_file, folder / CONFIG_NAME)
+
+
+def load(folder: str | Path) -> GaPState:
+    """Read and check both files.
+
+    Raises:
+        GaPError: if a file is missing, cannot be read, was changed, or disagrees with the other.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_NAME, MASKS_NAME):
+        if not (folder / name).is_file():
+            raise GaPError(
+                f"{folder}: has no {name}, so it is not a checkpoint of a GaP run; to start GaP from its weights, load "
+                "the model from it and train anew with initial_mask: magnitude"
+            )
+    header = _read_header(folder / CONFIG_NAME)
+    if (found := _sha256(folder / MASKS_NAME)) != header["masks_sha256"]:
+        raise GaPError(
+            f"{folder / MASKS_NAME}: SHA-256 is {found[:12]}…, expected {str(header['masks_sha256'])[:12]}… as "
+            f"{CONFIG_NAME} records"
+        )
+    try:
+        tensors = load_file(folder / MASKS_NAME)
+    except SafetensorError as error:
+        raise GaPError(f"{folder / MASKS_NAME}: not a safetensors file ({error})") from None
+    masks: dict[str, Tensor | None] = {}
+    previous: dict[str, Tensor] = {}
+    for entry in header["weights"]:
+        name, shape = entry["name"], entry["shape"]
+        key = f"mask/{name}"
+        if (key in tensors) == entry["dense"]:
+            raise GaPError(f"{folder / MASKS_NAME}: '{name}' {'has a' if entry['dense'] else 'lacks its'} mask")
+        masks[name] = unpack_bits(tensors.pop(key), shape, name) if key in tensors else None
+        mask = masks[name]
+        if mask is not None and int(mask.sum()) != entry["live"]:
+            raise GaPError(
+                f"{folder / MASKS_NAME}: the mask of '{name}' keeps {int(mask.sum())} weights, expected {entry['live']}"
+            )
+        if f"previous/{name}" in tensors:
+            previous[name] = unpack_bits(tensors.pop(f"previous/{name}"), shape, name)
+    if tensors:
+        raise GaPError(f"{folder / MASKS_NAME}: holds '{min(tensors)}', which {CONFIG_NAME} does not name")
+    return GaPState(
+        GaPConfig.from_dict(header["config"]),
+        Plan.from_dict(header["plan"]),
+        header["seed"],
+        header["step"],
+        masks,
+        previous,
+    )
+
+
+def check_same_config(state: GaPState, config: GaPConfig, folder: str | Path) -> None:
+    """Refuse to resume under another config, naming the first difference.
+
+    Raises:
+        GaPError: if any key that bears on the masks or the plan differs.
+    """
+    recorded, given = state.config.to_dict(), config.to_dict()
+    for key, value in given.items():
+        # The attributes are compared: in a dict of overrides the order, which decides between matches, is lost.
+        if key not in _FREE_KEYS and getattr(state.config, key) != getattr(config, key):
+            raise GaPError(
+                f"gap.{key}: found {value!r}, but the checkpoint {folder} was trained with {recorded[key]!r}; resume with "
+                "that, or start a new run from its weights"
+            )
+
+
+def check_same_weights(state: GaPState, sparsifier: Sparsifier, folder: str | Path) -> None:
+    """Refuse masks that belong to other tensors than the model's.
+
+    Raises:
+        GaPError: naming the first weight that one side lacks or whose shape differs.
+    """
+    for name in [*sparsifier.weights, *state.masks]:
+        if name not in state.masks or name not in sparsifier.weights:
+            where = "the model" if name in sparsifier.weights else "the checkpoint"
+            raise GaPError(f"{folder}: '{name}' is prunable in {where} only; expected the same weights in both")
+        mask, shape = state.masks[name], sparsifier.weights[name].shape
+        if mask is not None and tuple(mask.shape) != shape:
+            raise GaPError(f"{folder}: the mask of '{name}' has shape {tuple(mask.shape)}, expected {shape}")
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise GaPError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(header, dict) or header.get("format") != "gap_hf":
+        raise GaPError(f'{path}: not written by gap_hf; expected "format": "gap_hf"')
+    if header.get("version") != VERSION:
+        raise GaPError(f"{path}: version is {header.get('version')!r}, expected {VERSION}; use a newer gap_hf")
+    types = {"config": dict, "seed": int, "step": int, "weights": list, "plan": dict, "masks_sha256": str}
+    for key, kind in types.items():
+        if not isinstance(header.get(key), kind):
+            raise GaPError(f"{path}: '{key}' is {type(header.get(key)).__name__}, expected {kind.__name__}")
+    for entry in header["weights"]:
+        valid = (
+            isinstance(entry, dict)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("live"), int)
+            and isinstance(entry.get("dense"), bool)
+            and isinstance(entry.get("shape"), list)
+            and all(isinstance(n, int) and 0 < n < 2**40 for n in entry["shape"])
+        )
+        if not valid:
+            raise GaPError(f"{path}: 'weights' holds {entry!r}, expected name, shape, live and dense")
+    return header
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,362 @@
+"""`GaPConfig`: everything that defines a grow-and-prune run except its length. No torch.
+
+The length of training is `TrainingArguments`' alone; `gap_hf.plan` puts the two together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gap_hf.errors import GaPError, did_you_mean
+
+# A method is one file in gap_hf/methods; listing the folder keeps "add a file" the whole job.
+METHODS: tuple[str, ...] = (
+    "dense",
+    *sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "methods")])),
+)
+DISTRIBUTIONS = ("uniform", "global", "erk")
+INITIAL_MASKS = ("random", "magnitude")
+OPTIMIZER_RESETS = ("changed", "all", "none")
+LR_SCHEDULES = ("whole", "restart")
+LR_PEAKS = ("constant", "linear", "cosine", "step")
+PARTITIONS = ("balanced", "random")
+
+DEFAULT_NUM_ROUNDS = 2
+DEFAULT_FINE_TUNE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed `GaPConfig.pattern`.
+
+    `kind` is ``"unstructured"``, ``"n:m"`` (`n` of `m` consecutive inputs kept), ``"block"`` (`rows` outputs
+    by `cols` inputs live or die together) or ``"transposable"`` (2 of 4 along rows and columns at once).
+    """
+
+    kind: str
+    n: int = 0
+    m: int = 0
+    rows: int = 1
+    cols: int = 1
+
+    @property
+    def fixed_sparsity(self) -> Fraction | None:
+        """The only sparsity an N:M pattern can have, or None where any is possible."""
+        return Fraction(self.m - self.n, self.m) if self.kind in ("n:m", "transposable") else None
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Parse ``"unstructured"``, ``"N:M"``, ``"block:RxC"`` or ``"transposable:2:4"``.
+
+    Raises:
+        GaPError: if `text` is none of these, or N:M is not 0 < N < M.
+    """
+    if text == "unstructured":
+        return Pattern("unstructured")
+    if match := re.fullmatch(r"block:(\d+)x(\d+)", text):
+        rows, cols = int(match[1]), int(match[2])
+        if rows < 1 or cols < 1:
+            raise GaPError(f"gap.pattern: '{text}' has an empty block; expected block:RxC with R and C of at least 1")
+        return Pattern("block", rows=rows, cols=cols)
+    if match := re.fullmatch(r"(transposable:)?(\d+):(\d+)", text):
+        n, m = int(match[2]), int(match[3])
+        if not 0 < n < m:
+            raise GaPError(f"gap.pattern: '{text}' keeps {n} of every {m} weights; expected N:M with 0 < N < M")
+        if match[1] and (n, m) != (2, 4):
+            raise GaPError(f"gap.pattern: '{text}' is not supported; the transposable pattern is 'transposable:2:4'")
+        return Pattern("transposable" if match[1] else "n:m", n=n, m=m)
+    raise GaPError(
+        f"gap.pattern: found '{text}', expected 'unstructured', 'N:M' such as '2:4', 'block:RxC' such as "
+        f"'block:16x1', or 'transposable:2:4'{did_you_mean(text, ['unstructured', 'block:16x1', 'transposable:2:4'])}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaPConfig:
+    """Scheduled grow-and-prune (Ma et al., ICLR 2022, arXiv 2106.09857), and what it is applied to.
+
+    A *phase* is what the paper calls a step: a stretch of optimizer steps with fixed masks. Training is one
+    phase, then `num_rounds` rounds of `num_partitions` phases, then a fine-tune with every mask frozen. Of
+    `num_rounds`, the length of a phase and `fine_tune_share`, give two; the third follows from the length of
+    training. With none given, `num_rounds` is 2 and `fine_tune_share` 0.25.
+
+    Args:
+        sparsity: Target share of zeros of the prunable weights, 0 < s < 1. May be left out where the pattern
+            implies it (``2:4`` is 0.5).
+        method: ``cyclic`` (C-GaP), ``random`` (each phase draws its tensors anew), or ``dense`` (off: the
+            trainer is then Trainer, bit for bit).
+        num_partitions: The paper's kappa, the number of groups the prunable weights are split into.
+        num_rounds: How often every group is grown and pruned.
+        phase_steps: Length of a phase in optimizer steps.
+        phase_epochs: The same in epochs, fractions allowed.
+        fine_tune_share: Share of the optimizer steps left to the fine-tune, 0 < share < 1.
+        distribution: How the target is spread: ``uniform`` (every tensor has it), ``global`` (each group is
+            pooled under one magnitude threshold and meets it exactly), ``erk`` (Erdős–Rényi-Kernel, Evci et
+            al. 2020: larger layers sparser, the whole set meets it exactly).
+        pattern: ``unstructured``, ``N:M``, ``block:RxC`` (R outputs by C inputs), ``transposable:2:4``.
+        initial_mask: First masks of the groups that start sparse: ``random``, or ``magnitude`` for a model
+            that is trained already.
+        optimizer_reset: Which optimizer moments a phase change clears: of the entries whose mask ``changed``,
+            of ``all`` parameters (as the authors), or of ``none``. docs/decisions.md says what becomes of
+            Adam's step count.
+        lr_schedule: ``whole`` (one schedule over the run) or ``restart`` (one per phase, as the authors).
+        lr_peaks: With ``restart``, the peak over the phases: ``constant``, ``linear``, ``cosine`` or ``step``
+            (halved each round). The fine-tune always starts from the full peak.
+        include: Globs over module or parameter paths, or names of module types. Empty means every Linear,
+            Conv1D (GPT-2's), convolution and expert weight inside the transformer blocks or network stages.
+        exclude: The same, taken away from what `include` found.
+        overrides: Glob (or module type) to sparsity, 0 for dense; the first that matches a weight counts.
+        partition: ``balanced`` (the contiguous split of whole blocks with the smallest largest group),
+            ``random``, or explicit groups, each a list of globs.
+        best_model_at_target: Only a checkpoint at the final sparsity may become Trainer's best model.
+        prune_if_stopped: If training is stopped before the fine-tune, prune to the target before it returns.
+        seed: Seed of random masks, partitions and draws; None takes `TrainingArguments.seed`.
+
+    Raises:
+        GaPError: on any value of wrong type or range, and on contradictions.
+    """
+
+    sparsity: float | None = None
+    method: str = "cyclic"
+    num_partitions: int = 3
+    num_rounds: int | None = None
+    phase_steps: int | None = None
+    phase_epochs: float | None = None
+    fine_tune_share: float | None = None
+    distribution: str = "uniform"
+    pattern: str = "unstructured"
+    initial_mask: str = "random"
+    optimizer_reset: str = "changed"
+    lr_schedule: str = "whole"
+    lr_peaks: str = "constant"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, float], ...] = ()
+    partition: str | tuple[tuple[str, ...], ...] = "balanced"
+    best_model_at_target: bool = True
+    prune_if_stopped: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, valid in _CHOICES.items():
+            _check_choice(name, getattr(self, name), valid)
+        for name in ("best_model_at_target", "prune_if_stopped"):
+            if not isinstance(getattr(self, name), bool):
+                raise GaPError(f"gap.{name}: found {getattr(self, name)!r}, expected true or false")
+        for name in ("num_partitions", "num_rounds", "phase_steps"):
+            _check_int(name, getattr(self, name), low=1, optional=name != "num_partitions")
+        _check_int("seed", self.seed, low=0, optional=True)
+        _check_number("phase_epochs", self.phase_epochs, 0, math.inf)
+        _check_number("fine_tune_share", self.fine_tune_share, 0, 1)
+        _check_number("sparsity", self.sparsity, 0, 1)
+        if not isinstance(self.pattern, str):
+            raise GaPError(f"gap.pattern: found {self.pattern!r}, expected a string such as '2:4' (quoted in YAML)")
+        # Lists and mappings from YAML become tuples, so that a config is immutable and can be compared.
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        object.__setattr__(self, "overrides", _overrides(self.overrides))
+        object.__setattr__(self, "partition", _partition(self.partition, self.num_partitions))
+        self._check_schedule()
+        self._check_pattern()
+
+    def _check_schedule(self) -> None:
+        if self.phase_steps is not None and self.phase_epochs is not None:
+            raise GaPError("gap.phase_epochs: phase_steps is set too; expected one of the two")
+        length = "phase_steps" if self.phase_steps is not None else "phase_epochs"
+        if getattr(self, length) is not None and self.num_rounds is not None and self.fine_tune_share is not None:
+            raise GaPError(
+                f"gap.fine_tune_share: num_rounds, {length} and fine_tune_share are all set; expected any two, "
+                "the third follows from the length of training"
+            )
+        if self.lr_peaks != "constant" and self.lr_schedule != "restart":
+            raise GaPError(f"gap.lr_peaks: '{self.lr_peaks}' needs lr_schedule: restart, found '{self.lr_schedule}'")
+
+    def _check_pattern(self) -> None:
+        pattern = parse_pattern(self.pattern)
+        if (fixed := pattern.fixed_sparsity) is None:
+            if self.sparsity is None and self.method != "dense":
+                raise GaPError("gap.sparsity: not set; expected a number between 0 and 1, such as 0.8")
+            return
+        for key, value in (("sparsity", self.sparsity), *((f"overrides['{p}']", s) for p, s in self.overrides)):
+            # Thirds have no decimal, so what the message below prints must be accepted too.
+            meets = value is None or f"{float(value):g}" == f"{float(fixed):g}" or (key != "sparsity" and value == 0)
+            if not meets:
+                raise GaPError(
+                    f"gap.{key}: found {value}, but pattern {self.pattern} can only be {float(fixed):g}; "
+                    f"{'use that, or leave it out' if key == 'sparsity' else 'use that, or 0 for dense'}"
+                )
+        if self.distribution != "uniform":
+            raise GaPError(
+                f"gap.distribution: '{self.distribution}' contradicts pattern {self.pattern}, which gives every "
+                "tensor the same sparsity; expected 'uniform'"
+            )
+
+    @property
+    def is_off(self) -> bool:
+        """True for method ``dense``: nothing is masked and nothing is added to Trainer."""
+        return self.method == "dense"
+
+    @property
+    def target(self) -> Fraction:
+        """The target sparsity as an exact fraction: 0.9 is nine tenths, not its binary neighbour."""
+        fixed = parse_pattern(self.pattern).fixed_sparsity
+        return fixed if fixed is not None else Fraction(str(self.sparsity))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GaPConfig:
+        """Build from plain data, as YAML gives it.
+
+        Raises:
+            GaPError: on unknown keys (naming the nearest valid one), wrong types, ranges and contradictions.
+        """
+        if not isinstance(values, Mapping):
+            raise GaPError(f"gap: found {type(values).__name__}, expected a mapping of keys to values")
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                hint = f"; it is called '{AUTHORS_NAMES[key]}' here" if key in AUTHORS_NAMES else None
+                raise GaPError(f"gap.{key}: unknown key{hint or did_you_mean(str(key), names)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> GaPConfig:
+        """Read the `gap` section of a recipe, or a file that holds these keys alone.
+
+        Raises:
+            GaPError: if the file is missing, is not YAML, or holds bad values.
+        """
+        data = load_yaml(path)
+        return cls.from_dict(data.get("gap", data))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON and YAML types), every key included; `from_dict` gives an equal config."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["overrides"] = dict(self.overrides)
+        out["include"], out["exclude"] = list(self.include), list(self.exclude)
+        if not isinstance(self.partition, str):
+            out["partition"] = [list(group) for group in self.partition]
+        return out
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write a file that `from_yaml` reads."""
+        Path(path).write_text(yaml.safe_dump({"gap": self.to_dict()}, sort_keys=False), encoding="utf-8")
+
+    def replace(self, **changes: Any) -> GaPConfig:
+        """A copy with some values changed, validated again."""
+        return GaPConfig.from_dict({**self.to_dict(), **changes})
+
+
+# The public code of the paper's authors (boone891214/GaP) to ours, for people who come from there.
+AUTHORS_NAMES: dict[str, str] = {
+    "num_parts": "num_partitions",
+    "partition_type": "method",
+    "ep_per_step": "phase_epochs",
+    "num_steps": "num_rounds",
+    "sparsity_type": "pattern",
+    "kappa": "num_partitions",
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "distribution": DISTRIBUTIONS,
+    "initial_mask": INITIAL_MASKS,
+    "optimizer_reset": OPTIMIZER_RESETS,
+    "lr_schedule": LR_SCHEDULES,
+    "lr_peaks": LR_PEAKS,
+}
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping with the safe loader.
+
+    Raises:
+        GaPError: if the file is missing, cannot be read, is not valid YAML, or is not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise GaPError(f"{path}: no such file{did_you_mean(str(path), siblings) if siblings else ''}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GaPError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise GaPError(f"{path}: found {type(data).__name__} at the top, expected a mapping of keys to values")
+    return data
+
+
+def _check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in valid:
+        raise GaPError(
+            f"gap.{name}: found {value!r}, expected one of {', '.join(valid)}{_nearest_only(str(value), valid)}"
+        )
+
+
+def _nearest_only(value: str, valid: Sequence[str]) -> str:
+    hint = did_you_mean(value, valid)
+    return hint if "did you mean" in hint else ""
+
+
+def _check_int(name: str, value: Any, *, low: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise GaPError(f"gap.{name}: found {value!r}, expected a whole number of at least {low}")
+    if value < low:
+        raise GaPError(f"gap.{name}: found {value}, expected at least {low}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, closed_low: bool = False) -> None:
+    if value is None:
+        return
+    bounds = f"above {low}" if high == math.inf else f"{'at least' if closed_low else 'above'} {low} and below {high}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise GaPError(f"gap.{name}: found {value!r}, expected a number {bounds}")
+    if not (low < value < high or (closed_low and value == low)):
+        raise GaPError(f"gap.{name}: found {value}, expected a number {bounds}")
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise GaPError(f"gap.{name}: found {value!r}, expected a list of strings")
+    return tuple(value)
+
+
+def _overrides(value: Any) -> tuple[tuple[str, float], ...]:
+    if not isinstance(value, Mapping | Sequence) or isinstance(value, str):
+        raise GaPError(f"gap.overrides: found {value!r}, expected a mapping of glob to sparsity")
+    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
+    for i, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise GaPError(f"gap.overrides: found {pair!r}, expected a glob and its sparsity")
+        if pair[0] in (earlier[0] for earlier in pairs[:i]):
+            raise GaPError(f"gap.overrides['{pair[0]}']: given twice; expected each glob once, the first match counts")
+        _check_number(f"overrides['{pair[0]}']", 0.0 if pair[1] is None else pair[1], 0, 1, closed_low=True)
+        if pair[1] is None:
+            raise GaPError(f"gap.overrides['{pair[0]}']: no sparsity given; expected a number from 0 to below 1")
+    return tuple((pattern, sparsity) for pattern, sparsity in pairs)
+
+
+def _partition(value: Any, num_partitions: int) -> str | tuple[tuple[str, ...], ...]:
+    if isinstance(value, str):
+        _check_choice("partition", value, PARTITIONS)
+        return value
+    if not isinstance(value, Sequence) or not value:
+        raise GaPError(
+            f"gap.partition: found {value!r}, expected one of {', '.join(PARTITIONS)} or a list of lists of globs"
+        )
+    groups = tuple(_strings(f"partition[{i}]", group) for i, group in enumerate(value))
+    if len(groups) != num_partitions:
+        raise GaPError(f"gap.partition: lists {len(groups)} groups, but num_partitions is {num_partitions}")
+    return groups

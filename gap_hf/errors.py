@@ -1,0 +1,23 @@
+"""The one error users see: bad input, said in one sentence. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GaPError(ValueError):
+    """Bad input: names the key or layer, what was found, what was expected and the nearest valid name.
+
+    The command line prints it as one line and exits with code 2.
+    """
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """A clause such as ``"; did you mean 'sparsity'?"``, or the list of valid names when none is near."""
+    names = sorted(set(valid))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return f"; valid names: {shown}" if names else ""

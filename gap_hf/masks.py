@@ -1,0 +1,107 @@
+"""Masks by name: which weights are live, kept as uint8 in memory and as bits on disk. No schedule, no files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gap_hf.errors import GaPError
+
+
+class Masks:
+    """A mask, or None for a tensor that is dense now, for every prunable weight of a model.
+
+    uint8 multiplies as fast as float at a quarter of its memory, and twice as fast as bool (measured on CPU).
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        self.params = dict(params)
+        self._masks: dict[str, Tensor | None] = dict.fromkeys(self.params)
+        self._sparse: list[tuple[nn.Parameter, Tensor]] = []
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        return self._masks[name]
+
+    def __iter__(self):
+        return iter(self._masks)
+
+    def set(self, name: str, mask: Tensor | None) -> None:
+        """Replace one mask and, if there is one, set the masked weights to +0.
+
+        `masked_fill_` and not a product: it removes NaN and gives no negative zero.
+        """
+        param = self.params[name]
+        if mask is not None:
+            assert mask.shape == param.shape and mask.dtype == torch.uint8, name
+            mask = mask.to(param.device)
+            with torch.no_grad():
+                param.masked_fill_(mask == 0, 0)
+        self._masks[name] = mask
+        self._sparse = [(self.params[n], m) for n, m in self._masks.items() if m is not None]
+
+    @torch.no_grad()
+    def apply_to_weights(self) -> None:
+        """Set every masked weight to 0, in place."""
+        for param, mask in self._sparse:
+            param.mul_(mask)
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """Set the gradient of every masked weight to 0, in place; parameters without a gradient are left out."""
+        for param, mask in self._sparse:
+            if param.grad is not None:
+                param.grad.mul_(mask)
+
+    def sparse_params(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters that have a mask now, with it."""
+        return self._sparse
+
+    def live(self, name: str) -> int:
+        """How many weights of one tensor are live."""
+        mask = self._masks[name]
+        # A sum of uint8 accumulates in int64.
+        return self.params[name].numel() if mask is None else int(mask.sum())
+
+    def sparsity(self, names: Sequence[str] | None = None) -> float:
+        """Share of masked weights of the named tensors together (all by default)."""
+        names = list(self._masks) if names is None else names
+        total = sum(self.params[n].numel() for n in names)
+        return 1.0 - sum(self.live(n) for n in names) / total
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and bits: equal on two machines exactly if their masks are equal."""
+        sha = hashlib.sha256()
+        for name in sorted(self._masks):
+            mask = self._masks[name]
+            sha.update(f"{name}:{tuple(self.params[name].shape)}:{'dense' if mask is None else 'sparse'};".encode())
+            if mask is not None:
+                sha.update(pack_bits(mask).numpy().tobytes())
+        return sha.hexdigest()
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """uint8 mask of any shape to 1-D uint8 of ceil(numel / 8) bytes, lowest bit first, row-major."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().reshape(-1).numpy(), bitorder="little"))
+
+
+def unpack_bits(bits: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """Undo `pack_bits`.
+
+    Raises:
+        GaPError: if `bits` is not 1-D uint8 of exactly the length that `shape` needs, or pads with ones.
+    """
+    numel = int(np.prod(tuple(shape), dtype=np.int64))
+    length = (numel + 7) // 8
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != (length,):
+        raise GaPError(
+            f"{name}: its mask holds {tuple(bits.shape)} of {bits.dtype}, expected ({length},) of torch.uint8 for shape "
+            f"{tuple(shape)}"
+        )
+    flat = np.unpackbits(bits.numpy(), bitorder="little")
+    if flat[numel:].any():
+        raise GaPError(f"{name}: its mask has ones beyond its {numel} weights; expected zeros there")
+    return torch.from_numpy(flat[:numel].reshape(tuple(shape)).copy())

@@ -1,0 +1,103 @@
+"""What a mask change does to the optimizer: moments, Adam's step count, second copies of weights.
+
+Works on any `torch.optim.Optimizer`, bare or wrapped by Accelerate, by the names torch's own optimizers use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Copies of the weights themselves, not moments: schedule-free optimizers step on `z`.
+WEIGHT_COPIES = ("z",)
+# State of torch's Adam and AdamW (amsgrad too): the only form whose step count is understood and restarted.
+_ADAM_KEYS = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
+# Schedule-free optimizers count in the group. Moments of 0 under an old `k` would make the first update 1 / sqrt(1 - b2)
+# learning rates long, and the average would go on from weights that no longer count.
+_SCHEDULE_FREE_COUNTS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside Accelerate's wrapper, if there is one."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def weight_copies(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor]:
+    """Second copies of a parameter that the optimizer keeps; they obey the mask as the parameter does."""
+    state = optimizer.state.get(param, {})
+    return [state[key] for key in WEIGHT_COPIES if key in state]
+
+
+@torch.no_grad()
+def reset_all(optimizer: Optimizer) -> None:
+    """Forget every moment and step count of every parameter, as the authors do at each phase change."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for key, first in _SCHEDULE_FREE_COUNTS.items():
+            if key in group:
+                group[key] = first
+
+
+@torch.no_grad()
+def clear_pruned(optimizer: Optimizer, param: nn.Parameter, mask: Tensor) -> None:
+    """Zero the moments of weights that were pruned (mask 0); survivors keep theirs and the count goes on."""
+    for value in _elementwise(optimizer.state.get(param, {}), param):
+        value.masked_fill_(mask == 0, 0)
+
+
+@torch.no_grad()
+def clear_grown(optimizer: Optimizer, param: nn.Parameter, mask: Tensor) -> None:
+    """Zero the moments of weights that were grown (old mask 0) and restart the tensor's Adam count at 1.
+
+    With a moment of 0 under an old count t, Adam's bias corrections are 1 and the first update of a grown weight is
+    (1 - b1) / sqrt(1 - b2) learning rates long: 3.2 at b2 = 0.999, then up to 6.5. So the count restarts at 1 and
+    the survivors' moments are rescaled by (1 - b) / (1 - b^t), which leaves their bias-corrected values as they
+    were. A grown weight's updates are then at most 1.3 % longer than a fresh Adam's (the first is 0.74 of it).
+
+    Optimizers that count for the whole group (schedule-free) cannot restart one tensor's count: there a grown
+    weight's second moment starts from the mean of its tensor's survivors.
+    """
+    state = optimizer.state.get(param)
+    if not state:
+        return
+    grown = mask == 0
+    survivors = int(mask.sum())
+    for value in _elementwise(state, param):
+        value.masked_fill_(grown, 0)
+    if "exp_avg_sq" in state and "step" not in state and survivors:
+        second = state["exp_avg_sq"]
+        second.masked_fill_(grown, float(second.sum() / survivors))
+    if not (state.keys() <= _ADAM_KEYS and state.keys() >= {"step", "exp_avg", "exp_avg_sq"}):
+        return
+    count = float(state["step"])
+    if count <= 1:
+        return
+    beta1, beta2 = (float(b) for b in _group_of(optimizer, param)["betas"])
+    state["exp_avg"].mul_((1 - beta1) / (1 - beta1**count))
+    for key in ("exp_avg_sq", "max_exp_avg_sq"):
+        if key in state:
+            state[key].mul_((1 - beta2) / (1 - beta2**count))
+    if isinstance(state["step"], Tensor):
+        state["step"].fill_(1)
+    else:
+        state["step"] = 1
+
+
+def _elementwise(state: dict[str, Any], param: nn.Parameter) -> list[Tensor]:
+    """State tensors with one entry per weight. Factored state (Adafactor's rows and columns) has none to clear.
+
+    Weight copies are among them on purpose: a pruned or grown weight restarts at 0 in them too.
+    """
+    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape and v.ndim > 0]
+
+
+def _group_of(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(p is param for p in group["params"]):
+            return group
+    raise ValueError("the parameter is not in any of the optimizer's groups")

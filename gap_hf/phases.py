@@ -1,0 +1,147 @@
+"""Phases on the optimizer-step axis, and where their ends fall. Integers only, no torch.
+
+A phase covers the optimizer steps ``start <= step < end``, counted as `Trainer.state.global_step` counts
+them: step 0 is the first update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+
+from gap_hf.config import DEFAULT_FINE_TUNE_SHARE, DEFAULT_NUM_ROUNDS, GaPConfig
+from gap_hf.errors import GaPError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with fixed masks.
+
+    When it begins, the groups in `prune` are pruned to their target and then those in `grow` are grown to
+    dense, back to back (method.md §2); `grown` are the groups that are dense while it lasts.
+    """
+
+    index: int
+    kind: str  # "initial", the method's name, or "fine-tune"
+    round: int  # 0 for the initial phase; the fine-tune carries the number of the last round
+    start: int
+    end: int
+    prune: tuple[int, ...] = ()
+    grow: tuple[int, ...] = ()
+    grown: tuple[int, ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        return self.end - self.start
+
+
+def round_half_up(value: Fraction) -> int:
+    """Nearest integer, halves upwards; Python's own `round` goes to even, which no user expects of a count."""
+    return floor(value + Fraction(1, 2))
+
+
+def phase_ends(config: GaPConfig, *, total_steps: int, steps_per_epoch: Fraction | None = None) -> list[int]:
+    """Ends of the ``1 + num_rounds * num_partitions`` phases before the fine-tune, which runs on to `total_steps`.
+
+    Rounds and share given: the share is rounded to steps and the rest is cut into phases that differ by at most
+    one step. A length given: phases have it (to within the rounding of fractional epochs) and what is left over
+    goes to the fine-tune.
+
+    Raises:
+        GaPError: if a phase or the fine-tune would be empty; says the shortest training that works.
+    """
+    length = _phase_length(config, steps_per_epoch)
+    share = config.fine_tune_share
+    if length is None:
+        num_rounds = config.num_rounds or DEFAULT_NUM_ROUNDS
+        share = Fraction(str(share if share is not None else DEFAULT_FINE_TUNE_SHARE))
+        return _even_ends(config, num_rounds, share, total_steps)
+    if config.num_rounds is not None:
+        return _ends_of_length(config, config.num_rounds, length, total_steps)
+    share = Fraction(str(share if share is not None else DEFAULT_FINE_TUNE_SHARE))
+    budget = _budget(share, total_steps)
+    num_rounds = (_count_phases(length, budget) - 1) // config.num_partitions
+    if num_rounds < 1:
+        first_round_end = round_half_up(length * (1 + config.num_partitions))
+        raise GaPError(
+            f"gap.{_length_key(config)}: one round of {config.num_partitions} phases of {_show(length)} steps, one phase "
+            f"before it and a fine-tune of {float(share):g} need at least {_shortest(share, first_round_end)} "
+            f"optimizer steps, but training has {total_steps}"
+        )
+    return [round_half_up(length * (i + 1)) for i in range(1 + num_rounds * config.num_partitions)]
+
+
+def _even_ends(config: GaPConfig, num_rounds: int, share: Fraction, total_steps: int) -> list[int]:
+    count = 1 + num_rounds * config.num_partitions
+    budget = _budget(share, total_steps)
+    if budget < count:
+        fitting = (budget - 1) // config.num_partitions
+        instead = f", or use num_rounds: {fitting}" if fitting >= 1 else ""
+        raise GaPError(
+            f"gap.num_rounds: {num_rounds} rounds of {config.num_partitions} phases, one phase before them and a fine-tune "
+            f"of {float(share):g} need at least {_shortest(share, count)} optimizer steps, but training has "
+            f"{total_steps}; train longer{instead}"
+        )
+    return [budget * (i + 1) // count for i in range(count)]
+
+
+def _ends_of_length(config: GaPConfig, num_rounds: int, length: Fraction, total_steps: int) -> list[int]:
+    ends = [round_half_up(length * (i + 1)) for i in range(1 + num_rounds * config.num_partitions)]
+    if ends[-1] >= total_steps:
+        fitting = (_count_phases(length, total_steps - 1) - 1) // config.num_partitions
+        instead = f", or use num_rounds: {fitting}" if fitting >= 1 else ""
+        raise GaPError(
+            f"gap.{_length_key(config)}: {len(ends)} phases of {_show(length)} steps and a fine-tune need at least "
+            f"{ends[-1] + 1} optimizer steps, but training has {total_steps}; train longer{instead}"
+        )
+    return ends
+
+
+def _phase_length(config: GaPConfig, steps_per_epoch: Fraction | None) -> Fraction | None:
+    if config.phase_steps is not None:
+        return Fraction(config.phase_steps)
+    if config.phase_epochs is None:
+        return None
+    if steps_per_epoch is None:
+        raise GaPError(
+            "gap.phase_epochs: the number of optimizer steps in an epoch is not known, because training is set by "
+            "max_steps or the dataset has no length; expected phase_steps"
+        )
+    length = Fraction(str(config.phase_epochs)) * steps_per_epoch
+    if length < 1:
+        raise GaPError(
+            f"gap.phase_epochs: {config.phase_epochs} epochs are {float(length):g} optimizer steps; expected at least 1"
+        )
+    return length
+
+
+def _budget(share: Fraction, total_steps: int) -> int:
+    """Steps before the fine-tune, which has at least one step."""
+    return total_steps - max(1, round_half_up(share * total_steps))
+
+
+def _shortest(share: Fraction, needed: int) -> int:
+    """The fewest total steps that leave `needed` steps before the fine-tune."""
+    total = max(needed + 1, floor(needed / (1 - share)) - 2)
+    while _budget(share, total) < needed:
+        total += 1
+    while total > needed + 1 and _budget(share, total - 1) >= needed:
+        total -= 1
+    return total
+
+
+def _count_phases(length: Fraction, budget: int) -> int:
+    """How many phases end at or before `budget`."""
+    count = floor(budget / length) + 1
+    while count > 0 and round_half_up(length * count) > budget:
+        count -= 1
+    return count
+
+
+def _length_key(config: GaPConfig) -> str:
+    return "phase_steps" if config.phase_steps is not None else "phase_epochs"
+
+
+def _show(length: Fraction) -> str:
+    return f"{float(length):g}"

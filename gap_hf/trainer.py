@@ -1,0 +1,335 @@
+"""`GaPTrainer`: Trainer's hooks turned into Sparsifier calls. No algorithm here.
+
+Everything that GaP adds hangs on `gap_config`. Without one, or with method ``dense``, every method below returns
+what Trainer's own returns: no callback, no draw from the global generator, no log key and no file is added.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from gap_hf import checkpoint
+from gap_hf.config import GaPConfig
+from gap_hf.errors import GaPError
+from gap_hf.lr import restarted_schedule
+from gap_hf.plan import Plan, make_plan
+from gap_hf.sparsifier import Change, Sparsifier, keep_counts, make_groups
+from gap_hf.targets import find_targets
+
+logger = logging.getLogger(__name__)
+
+# These update weights inside backward(), layer by layer, before anything could mask a gradient.
+_STEPS_IN_BACKWARD = ("lomo", "adalomo")
+
+
+class _GaPCallback(TrainerCallback):
+    """Tells the trainer where it is; first in the list, so that others see weights that obey their masks."""
+
+    def __init__(self, trainer: GaPMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._gap_begin()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._gap_sparsifier.mask_weights()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._gap_advance()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._gap_end()
+
+
+# For a type checker the mixin is a Trainer; at run time it stands before one.
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class GaPMixin(_Base):
+    """Adds scheduled grow-and-prune to any Trainer subclass: ``class MyTrainer(GaPMixin, SFTTrainer): ...``.
+
+    Args:
+        gap_config: A `GaPConfig`, a mapping of its keys, or None for plain Trainer.
+        *args, **kwargs: As the Trainer takes them.
+
+    Attributes:
+        gap: The `Sparsifier` of the current run (masks, plan, report); None before `train()` and when GaP is off.
+
+    Raises:
+        GaPError: for what cannot work (DataParallel, FSDP, DeepSpeed, quantised weights, optimizers that step in
+            backward), and if the model has nothing to prune. It is raised before the output folder is made.
+    """
+
+    def __init__(self, *args: Any, gap_config: GaPConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if gap_config is not None and not isinstance(gap_config, GaPConfig):
+            gap_config = GaPConfig.from_dict(gap_config)
+        self.gap_config = gap_config
+        self.gap: Sparsifier | None = None
+        self._gap_resume: tuple[str, checkpoint.GaPState] | None = None
+        if not self._gap_on:
+            super().__init__(*args, **kwargs)
+            return
+        model = kwargs.get("model", args[0] if args else None)
+        if isinstance(model, nn.Module):
+            _check_model(model, self._gap_on_config)
+        super().__init__(*args, **kwargs)
+        if not isinstance(model, nn.Module):  # a name, or model_init: known only now
+            _check_model(self.model, self._gap_on_config)
+        self._gap_check_setup()
+        callback = _GaPCallback(self)
+        self.add_callback(callback)
+        callbacks = self.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
+
+    @property
+    def _gap_on(self) -> bool:
+        return self.gap_config is not None and not self.gap_config.is_off
+
+    @property
+    def _gap_on_config(self) -> GaPConfig:
+        assert self.gap_config is not None
+        return self.gap_config
+
+    @property
+    def _gap_sparsifier(self) -> Sparsifier:
+        assert self.gap is not None
+        return self.gap
+
+    def _gap_check_setup(self) -> None:
+        if self.args.n_gpu > 1:
+            raise GaPError(
+                f"DataParallel over {self.args.n_gpu} GPUs keeps short-lived replicas that no mask reaches; start the "
+                "script with `accelerate launch` or `torchrun`, or show it one GPU"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            found = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise GaPError(f"{found} shards weights, which this version cannot mask yet; use DDP, or a single process")
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if optim in _STEPS_IN_BACKWARD or optim.endswith("_layerwise"):
+            raise GaPError(
+                f"training.optim: '{optim}' updates weights inside backward, before their gradients can be masked; "
+                "expected one that steps after it, such as adamw_torch_fused or adafactor"
+            )
+        config = self._gap_on_config
+        if config.lr_schedule == "restart" and self.lr_scheduler is not None:
+            raise GaPError(
+                "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
+                "(optimizer, None), or use lr_schedule: whole"
+            )
+        if config.phase_epochs is not None and self.args.max_steps > 0:
+            raise GaPError(
+                "gap.phase_epochs: training is set by max_steps, not by epochs; expected phase_steps, or num_train_epochs"
+            )
+
+    # --- Trainer's methods -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train. A checkpoint to resume is read and checked before anything is changed.
+
+        Raises:
+            GaPError: if the checkpoint has no masks, or those of another config or model.
+        """
+        if not self._gap_on:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        path = (
+            get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
+        self._gap_resume = None
+        if path:
+            state = checkpoint.load(path)
+            checkpoint.check_same_config(state, self._gap_on_config, path)
+            self._gap_resume = (path, state)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._gap_resume = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; at the last of an accumulation, gradients of masked weights are zeroed before clipping."""
+        loss = super().training_step(*args, **kwargs)
+        if self._gap_on and self.accelerator.sync_gradients:
+            self._gap_sparsifier.mask_gradients()
+        return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's schedule, or under ``lr_schedule: restart`` the same one in every phase."""
+        if self._gap_on and self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is None:
+            self.lr_scheduler = restarted_schedule(
+                self.args, optimizer or self.optimizer, self._gap_plan(num_training_steps), self._gap_on_config.lr_peaks
+            )
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, beside it, config and masks; these come first because Trainer may push at the end."""
+        if self.gap is not None and self.args.should_save:
+            checkpoint.save(output_dir or str(self.args.output_dir), self.gap, step=self.state.global_step)
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # A model with a dense group is not what the user asked for, however good its metric.
+        if self.gap is not None and self._gap_on_config.best_model_at_target and not self.gap.at_target:
+            return False
+        return super()._determine_best_metric(*args, **kwargs)
+
+    # --- added -------------------------------------------------------------------------------------------------------
+
+    def prune_to_target(self) -> None:
+        """Prune what is still dense, for a run that was stopped before its fine-tune. Save the model after it.
+
+        Raises:
+            GaPError: if GaP is off or `train()` was never called.
+        """
+        if self.gap is None:
+            raise GaPError(
+                "prune_to_target: there are no masks yet; expected GaP to be on and train() to have been called"
+            )
+        error = self.gap.prune_to_target()
+        if error is not None:
+            self._gap_say(f"pruned what was dense, without training after it (error {error:.4f}): {_share(self.gap)}")
+
+    def _gap_plan(self, total_steps: int) -> Plan:
+        """The plan of this run; a resumed one keeps its own, with a fine-tune that ends where training ends."""
+        if self._gap_resume is not None:
+            return self._gap_resume[1].plan.with_total_steps(total_steps)
+        return plan_for(self.model, self._gap_on_config, self.args, total_steps=total_steps)
+
+    def _gap_begin(self) -> None:
+        plan = self._gap_plan(self.state.max_steps)
+        old = self.gap if self.gap is not None and self.gap.model is self.model else None
+        seed = self._gap_resume[1].seed if self._gap_resume else self.args.seed
+        total_steps = self.state.max_steps
+        self.gap = Sparsifier(
+            self.model, self._gap_on_config, total_steps=total_steps, optimizer=self.optimizer, seed=seed, plan=plan
+        )
+        if self._gap_resume is None:
+            self._gap_report(self.gap.start(masks=old.masks if old else None))
+            return
+        path, state = self._gap_resume
+        checkpoint.check_same_weights(state, self.gap, path)
+        self.gap.load(self.state.global_step, state.masks, state.previous)
+        if plan.total_steps != state.plan.total_steps:
+            logger.warning(
+                "The checkpoint was planned for %d optimizer steps and training now has %d: the fine-tune takes the "
+                "difference.",
+                state.plan.total_steps,
+                plan.total_steps,
+            )
+
+    def _gap_advance(self) -> None:
+        if (change := self._gap_sparsifier.advance(self.state.global_step)) is not None:
+            self._gap_report(change)
+
+    def _gap_end(self) -> None:
+        gap = self._gap_sparsifier
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            # Trainer has just put the best checkpoint's weights back; their masks belong to them.
+            state = checkpoint.load(self.state.best_model_checkpoint)
+            gap.load(state.step, state.masks, state.previous)
+        if gap.at_target:
+            return
+        if self._gap_on_config.prune_if_stopped:
+            self.prune_to_target()
+            return
+        logger.warning(
+            "Training ended at step %d, before the fine-tune that begins at step %d: %s, not the target of %.4g. Call "
+            "trainer.prune_to_target(), or set prune_if_stopped.",
+            self.state.global_step,
+            gap.plan.fine_tune.start,
+            _share(gap),
+            float(self._gap_on_config.target),
+        )
+
+    def _gap_report(self, change: Change) -> None:
+        """One record in the log and one line on the screen for each change."""
+        record: dict[str, Any] = {
+            "gap_phase": change.phase.index,
+            "gap_kind": change.phase.kind,
+            "gap_sparsity": change.sparsity,
+            "gap_model_sparsity": change.model_sparsity,
+        }
+        if change.pruning_error is not None:
+            record["gap_pruning_error"] = change.pruning_error
+        if change.mask_iou is not None:
+            record["gap_mask_iou"] = change.mask_iou
+        self.log(record)
+        self._gap_say(describe(change, self._gap_sparsifier.plan))
+
+    def _gap_say(self, text: str) -> None:
+        if self.is_world_process_zero():
+            tqdm.write(f"GaP: {text}")
+
+
+class GaPTrainer(GaPMixin, Trainer):
+    """`transformers.Trainer` with scheduled grow-and-prune; see `GaPMixin` for what it adds."""
+
+
+class GaPSeq2SeqTrainer(GaPMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with scheduled grow-and-prune; see `GaPMixin` for what it adds."""
+
+
+def plan_for(model: nn.Module, config: GaPConfig, args: TrainingArguments, *, total_steps: int) -> Plan:
+    """The plan that a trainer with these arguments would follow; for checks before one is made.
+
+    Raises:
+        GaPError: if training is too short, or anything about the targets is wrong.
+    """
+    seed = config.seed if config.seed is not None else args.seed
+    groups = make_groups(find_targets(model, config), config, seed=seed)
+    epochs = None if args.max_steps > 0 else Fraction(str(args.num_train_epochs))
+    steps_per_epoch = None if epochs is None else Fraction(total_steps) / epochs
+    return make_plan(
+        config, num_groups=len(groups), total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed
+    )
+
+
+def describe(change: Change, plan: Plan) -> str:
+    """A change as one line for people."""
+    phase = change.phase
+    done = []
+    if phase.prune:
+        error = "" if change.pruning_error is None else f" (error {change.pruning_error:.4f}"
+        error += "" if change.mask_iou is None else f", IoU {change.mask_iou:.3f}"
+        done.append(f"pruned {_groups(phase.prune)}{error + ')' if error else ''}")
+    if phase.grow:
+        done.append(f"grew {_groups(phase.grow)}")
+    return (
+        f"step {change.step}/{plan.total_steps}, phase {phase.index + 1}/{len(plan.phases)} ({phase.kind}): "
+        f"{', '.join(done)}; sparsity {change.sparsity:.2%} of the prunable set, {change.model_sparsity:.2%} of the model"
+    )
+
+
+def _groups(groups: tuple[int, ...]) -> str:
+    return f"group{'s' if len(groups) > 1 else ''} {', '.join(str(g + 1) for g in groups)}"
+
+
+def _share(gap: Sparsifier) -> str:
+    return f"the prunable set is at a sparsity of {gap.sparsity():.4f}"
+
+
+def _check_model(model: nn.Module | None, config: GaPConfig) -> None:
+    """Everything that can be wrong about a model and a config before training is known."""
+    assert model is not None
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise GaPError(
+            f"{type(model).__name__} is quantised, and its packed weights can be neither grown nor pruned; load it "
+            "without a quantization_config"
+        )
+    targets = find_targets(model, config)
+    keep_counts(targets, config)
+    make_groups(targets, config, seed=config.seed or 0)
