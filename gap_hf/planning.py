@@ -1,0 +1,182 @@
+"""What a run will be, before it runs: targets, groups, phases and cost, as data and as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from gap_hf.config import GaPConfig, parse_pattern
+from gap_hf.patterns import num_kept
+from gap_hf.plan import make_plan
+from gap_hf.sparsifier import keep_counts, make_groups
+from gap_hf.targets import Targets, clean_name, find_targets
+
+
+def summarize(
+    model: nn.Module, config: GaPConfig, *, total_steps: int, steps_per_epoch: Fraction | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Everything `format_summary` shows, as plain data. The model may be on the meta device.
+
+    FLOPs count each weight of a matrix product once per token, forward and backward alike, so they are exact for
+    Linear layers, leave out attention scores, and for convolutions and experts weigh every weight the same.
+
+    Raises:
+        GaPError: for anything that `GaPTrainer` would refuse about the model, the targets or the length.
+    """
+    seed = config.seed if config.seed is not None else seed
+    targets = find_targets(model, config)
+    counts = keep_counts(targets, config)
+    groups = make_groups(targets, config, seed=seed)
+    plan = make_plan(
+        config, num_groups=len(groups), total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed
+    )
+    pattern = parse_pattern(config.pattern)
+    per_unit = pattern.rows * pattern.cols if pattern.kind == "block" else 1
+    live = {
+        w.name: num_kept(config.target, w.numel) if pattern.fixed_sparsity is not None else counts[w.name] * per_unit
+        for w in targets.weights
+    }
+    sizes = [group.numel for group in groups]
+    densities = [sum(live[n] for n in group.names) / group.numel for group in groups]
+    prunable = sum(sizes)
+    num_params = sum(p.numel() for p in model.parameters())
+    other_products = _other_matrix_products(model, targets)
+
+    def flops(share: float) -> float:
+        return (share * prunable + other_products) / (prunable + other_products)
+
+    average = plan.average_live_share(sizes, densities)
+    final = sum(live.values()) / prunable
+    return {
+        "model": type(model).__name__,
+        "config": config.to_dict(),
+        "total_steps": total_steps,
+        "num_params": num_params,
+        "num_prunable": prunable,
+        "num_live": sum(live.values()),
+        "sparsity": 1 - final,
+        "model_sparsity": (prunable - sum(live.values())) / num_params,
+        "average_density": average,
+        "training_flops_of_prunable": average,
+        "training_flops_of_model": flops(average),
+        "inference_flops_of_model": flops(final),
+        "groups": [{"blocks": list(g.blocks), "tensors": len(g.names), "weights": g.numel} for g in groups],
+        "phases": [
+            {
+                "phase": p.index + 1,
+                "kind": p.kind,
+                "round": p.round,
+                "start": p.start,
+                "end": p.end,
+                "dense_groups": [g + 1 for g in p.grown],
+                "live_share": plan.live_share(p, sizes, densities),
+                "flops_of_model": flops(plan.live_share(p, sizes, densities)),
+            }
+            for p in plan.phases
+        ],
+        "targets": [{"name": w.name, "shape": list(w.shape), "live": live[w.name]} for w in targets.weights],
+        "left_dense": [{"name": s.name, "shape": list(s.shape), "reason": s.reason} for s in targets.skipped],
+    }
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary as tables for people; tensors that differ only in a number share a line."""
+    s = summary
+    lines = [
+        f"{s['model']}: {s['num_params']:,} parameters, {s['num_prunable']:,} prunable "
+        f"({s['num_prunable'] / s['num_params']:.1%}), {s['num_live']:,} of them live at the end",
+        f"sparsity {s['sparsity']:.2%} of the prunable set, {s['model_sparsity']:.2%} of the model",
+        "",
+        "Prunable",
+        *_table(
+            ["tensors", "shape", "name"],
+            [[n, _shape(shape), name] for (name, shape, _), n in _collapse((t["name"], t["shape"], "") for t in s["targets"])],
+        ),
+        "",
+        "Left dense",
+        *_table(
+            ["tensors", "shape", "name", "why"],
+            [
+                [n, _shape(shape), name, why]
+                for (name, shape, why), n in _collapse((t["name"], t["shape"], t["reason"]) for t in s["left_dense"])
+            ],
+        ),
+        "",
+        "Groups",
+        *_table(
+            ["group", "weights", "tensors", "blocks"],
+            [[i + 1, f"{g['weights']:,}", g["tensors"], _blocks(g["blocks"])] for i, g in enumerate(s["groups"])],
+        ),
+        "",
+        "Phases",
+        *_table(
+            ["phase", "kind", "round", "steps", "length", "dense group", "live share", "FLOPs of the model"],
+            [
+                [
+                    p["phase"],
+                    p["kind"],
+                    p["round"],
+                    f"{p['start']}–{p['end']}",
+                    p["end"] - p["start"],
+                    _numbers(p["dense_groups"]),
+                    f"{p['live_share']:.3f}",
+                    f"{p['flops_of_model']:.3f}",
+                ]
+                for p in s["phases"]
+            ],
+        ),
+        "",
+        f"average density in training {s['average_density']:.3f} of the prunable set",
+        f"matrix-product FLOPs against dense: training {s['training_flops_of_prunable']:.3f} of the prunable set, "
+        f"{s['training_flops_of_model']:.3f} of the model; inference {s['inference_flops_of_model']:.3f} of the model",
+        "(FLOPs that sparse kernels could skip: dense kernels compute with the zeros.)",
+    ]
+    return "\n".join(lines)
+
+
+def _other_matrix_products(model: nn.Module, targets: Targets) -> int:
+    """Weights outside the prunable set that multiply activations: all but look-up tables, and a tied head once."""
+    prunable = {w.name for w in targets.weights}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and getattr(head, "weight", None) is not None:
+        tables.discard(id(head.weight))
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and clean_name(name) not in prunable and id(p) not in tables
+    )
+
+
+def _collapse(rows: Iterable[tuple[str, Sequence[int], str]]) -> list[tuple[tuple[str, tuple[int, ...], str], int]]:
+    """Names that differ only in numbers together, in order of first appearance, with how many there are."""
+    found: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for name, shape, why in rows:
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tuple(shape), why)
+        found[key] = found.get(key, 0) + 1
+    return list(found.items())
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(str(n) for n in shape) if prod(shape) else "empty"
+
+
+def _blocks(blocks: Sequence[str]) -> str:
+    return blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]} ({len(blocks)})"
+
+
+def _numbers(groups: Sequence[int]) -> str:
+    if len(groups) > 4:
+        return f"{len(groups)} tensors"
+    return ", ".join(str(g) for g in groups) or "–"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    cells = [list(header), *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
