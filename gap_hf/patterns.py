@@ -296,8 +296,8 @@ def _transposable_mask(weight: Tensor, layout: str, name: str) -> Tensor:
     for i in range(0, flat.shape[0], rows):
         part = flat[i : i + rows]
         _refuse_nan(part, name)
-        largest = torch.finfo(part.dtype).max  # an infinite weight would make 0 * inf of every mask that drops it
-        kept = part.abs().clamp(max=largest).double() @ choices.double().t()
+        # An infinite weight would make 0 * inf of every mask that drops it.
+        kept = part.abs().double().clamp(max=1e300) @ choices.double().t()
         # argmax may return any of several maxima; the first True of an equality test is always the lowest.
         best = (kept == kept.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
         mask[i : i + rows] = choices[best]

@@ -84,7 +84,7 @@ class Plan:
                 for phase in data["phases"]
             )
             return cls(phases, int(data["num_groups"]))
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise GaPError(f"plan: not a recorded plan ({error!r})") from None
 
 

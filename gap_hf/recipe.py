@@ -89,6 +89,7 @@ def load_recipe(
             Below a key whose value is a mapping, dots go deeper: ``--model.config.d_model=64``.
         model_cls: Dataclass of the `model` section. Its annotations are the types that are checked; `Path` is a
             file or folder, `str | Path` a Hub name unless such a path exists; its `__post_init__` may raise GaPError.
+            `dict` takes the section as it is, for tools that serve recipes of every script.
         data_cls: The same for `data`.
         training_cls: Whose fields are valid under `training`; Seq2SeqTrainingArguments when left out.
 
@@ -217,6 +218,8 @@ def _check_gap(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(section: str, values: dict[str, _At], cls: type[Any]) -> Any:
+    if cls is dict:
+        return {key: at.value for key, at in values.items()}
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     out: dict[str, Any] = {}

@@ -33,7 +33,7 @@ class PrunableWeight:
             (experts, in, out).
         block: Path of the block or stage that owns it; its own module's path if it is in none.
         module_type: Class name of the module that holds it.
-        override: Its own sparsity from `GaPConfig.overrides` (0 is dense), else None.
+        override: Its own sparsity from `GaPConfig.overrides`, else None. Where it is 0 the weight is no target.
     """
 
     name: str
@@ -103,6 +103,7 @@ def find_targets(model: nn.Module, config: GaPConfig) -> Targets:
 
     weights: list[PrunableWeight] = []
     skipped: list[Skipped] = []
+    useful: set[str] = set()  # what an override may name: targets, and those that an override makes dense
     for param in tree.params:
         name, shape = param.name, tuple(param.tensor.shape)
         block = blocks.get(id(param.site.module))
@@ -112,7 +113,12 @@ def find_targets(model: nn.Module, config: GaPConfig) -> Targets:
         if layout is None or reason is not None:
             skipped.append(Skipped(name, shape, reason or "unsupported"))
             continue
-        override = next((config.overrides[i][1] for i, names in enumerate(overrides) if name in names), None)
+        first = next((i for i, names in enumerate(overrides) if name in names), None)
+        override = None if first is None else config.overrides[first][1]
+        useful.add(name)
+        if override == 0:
+            skipped.append(Skipped(name, shape, f"sparsity 0 by gap.overrides['{config.overrides[first or 0][0]}']"))
+            continue
         owner = param.site.path if block is None else block
         weights.append(PrunableWeight(name, shape, layout, owner, param.site.type_name, override))
 
@@ -121,7 +127,7 @@ def find_targets(model: nn.Module, config: GaPConfig) -> Targets:
     if not weights:
         raise GaPError(_nothing_found(tree, skipped))
     entries = [entry for entry, _ in config.overrides]
-    _check_useful("overrides", entries, overrides, {w.name for w in weights}, {s.name: s.reason for s in skipped})
+    _check_useful("overrides", entries, overrides, useful, {s.name: s.reason for s in skipped})
     return Targets(tuple(weights), tuple(skipped), tuple(dict.fromkeys(weight.block for weight in weights)))
 
 
@@ -226,9 +232,11 @@ def _expert_layout(module: nn.Module, tensor: torch.Tensor) -> str | None:
     if isinstance(transposed, bool):
         return "expert_in_out" if transposed else "expert_out_in"
     # JetMoe's names both sides. Where they are equal nothing tells which is which.
-    sides = (vars(module).get("output_size"), vars(module).get("input_size"))
-    if sides[0] != sides[1] and sorted(tensor.shape[1:]) == sorted(sides):
-        return "expert_out_in" if tuple(tensor.shape[1:]) == sides else "expert_in_out"
+    num_out, num_in = vars(module).get("output_size"), vars(module).get("input_size")
+    if num_out != num_in and tuple(tensor.shape[1:]) == (num_out, num_in):
+        return "expert_out_in"
+    if num_out != num_in and tuple(tensor.shape[1:]) == (num_in, num_out):
+        return "expert_in_out"
     # The others (Llama 4): a fused gate-and-up matrix of width 2i beside a down matrix of width i. No pair of
     # shapes fits both readings, nor both orders.
     stacked = [p for p in module.parameters(recurse=False) if p.ndim == 3]

@@ -267,7 +267,8 @@ class GaPMixin(_Base):
             record["gap_pruning_error"] = change.pruning_error
         if change.mask_iou is not None:
             record["gap_mask_iou"] = change.mask_iou
-        self.log(record)
+        # Not self.log: subclasses such as TRL's put metrics of their own, gathered since their last record, into it.
+        Trainer.log(self, record)
         self._gap_say(describe(change, self._gap_sparsifier.plan))
 
     def _gap_say(self, text: str) -> None:

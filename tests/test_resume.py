@@ -19,7 +19,12 @@ STEPS = 27
 # Phases of CONFIG over 27 steps end at 4, 8, 12, 16 and 20: steps inside phases, at changes, around both, and in the
 # fine-tune. The dataset of 40 rows, 4 in a batch, 3 accumulated, ends an epoch in the middle of an accumulation.
 RESUME_AT = (1, 3, 4, 5, 8, 10, 12, 15, 16, 20, 21, 25)
-SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS, "gradient_accumulation_steps": 3}
+SAVING: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": STEPS,
+    "gradient_accumulation_steps": 3,
+}
 CONFIGS = {
     "default": CONFIG,
     "restart-global-random": CONFIG.replace(
@@ -62,7 +67,9 @@ def test_resumed_equals_uninterrupted(uninterrupted: GaPTrainer, tmp_path: Path,
 
 def _same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
     assert a["param_groups"] == b["param_groups"]
-    return a["state"].keys() == b["state"].keys() and all(same_tensors(a["state"][i], b["state"][i]) for i in a["state"])
+    return a["state"].keys() == b["state"].keys() and all(
+        same_tensors(a["state"][i], b["state"][i]) for i in a["state"]
+    )
 
 
 def test_the_last_checkpoint_is_found(tmp_path: Path) -> None:
@@ -125,4 +132,6 @@ def test_what_a_resume_may_change(tmp_path: Path) -> None:
     whole = trained(tmp_path / "a", CONFIG)
     config = CONFIG.replace(prune_if_stopped=True, best_model_at_target=False)
     resumed = trained(tmp_path / "b", config, tmp_path / "a/checkpoint-9")
-    assert torch.equal(whole.model.transformer.h[0].attn.c_attn.weight, resumed.model.transformer.h[0].attn.c_attn.weight)
+    assert torch.equal(
+        whole.model.transformer.h[0].attn.c_attn.weight, resumed.model.transformer.h[0].attn.c_attn.weight
+    )

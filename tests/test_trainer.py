@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from toys import (
     CONFIG,
     KINDS,
@@ -24,7 +25,6 @@ from toys import (
     seq2seq,
     zeros_per_tensor,
 )
-from torch.utils.data import IterableDataset
 from transformers import (
     EarlyStoppingCallback,
     Seq2SeqTrainer,
@@ -294,9 +294,7 @@ FALLING = {"load_best_model_at_end": True, "metric_for_best_model": "falling", "
 
 
 def test_best_model_is_one_at_the_target(tmp_path: Path) -> None:
-    trainer = gap_trainer(
-        tmp_path, eval_dataset=Tokens(8), compute_metrics=Falling(), save_total_limit=2, **FALLING
-    )
+    trainer = gap_trainer(tmp_path, eval_dataset=Tokens(8), compute_metrics=Falling(), save_total_limit=2, **FALLING)
     trainer.train()
     first = next(s for s in range(2, 21, 2) if s >= trainer.gap.plan.fine_tune.start)
     assert trainer.state.best_global_step == first
@@ -456,7 +454,9 @@ def test_auto_find_batch_size_starts_over(tmp_path: Path) -> None:
 
 
 def test_hyperparameter_search(tmp_path: Path) -> None:
-    trainer = gap_trainer(tmp_path, model_init=lambda trial=None: causal_lm(), eval_dataset=Tokens(8), eval_strategy="no")
+    trainer = gap_trainer(
+        tmp_path, model_init=lambda trial=None: causal_lm(), eval_dataset=Tokens(8), eval_strategy="no"
+    )
     masks: list[str] = []
     models: list[int] = []
 
@@ -508,7 +508,9 @@ def test_restart_gives_every_phase_a_whole_schedule(tmp_path: Path) -> None:
 
 def test_restart_needs_a_schedule_it_can_restart(tmp_path: Path) -> None:
     config = CONFIG.replace(lr_schedule="restart")
-    trainer = gap_trainer(tmp_path, config=config, eval_dataset=Tokens(8), lr_scheduler_type="greedy", eval_strategy="steps", eval_steps=9)
+    trainer = gap_trainer(
+        tmp_path, config=config, eval_dataset=Tokens(8), lr_scheduler_type="greedy", eval_strategy="steps", eval_steps=9
+    )
     with pytest.raises(GaPError, match="'restart' cannot restart lr_scheduler_type"):
         trainer.train()
 
@@ -550,8 +552,11 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_phase_epochs_needs_epochs(tmp_path: Path) -> None:
-    refused(tmp_path, "gap.phase_epochs: training is set by max_steps", config=CONFIG.replace(
-        num_rounds=None, phase_epochs=1.0))
+    refused(
+        tmp_path,
+        "gap.phase_epochs: training is set by max_steps",
+        config=CONFIG.replace(num_rounds=None, phase_epochs=1.0),
+    )
 
 
 def test_restart_with_a_given_scheduler_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""Tables and plots of a run, from its data. Changes nothing; matplotlib is imported only to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gap_hf.phases import Phase
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+_SHADES = {"initial": "#F0E442", "fine-tune": "#56B4E9"}
+
+
+def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | None = None) -> str:
+    """The figures of a translation run as text, beside those of a recorded one if there is one.
+
+    Args:
+        results: `bleu`, `chrf`, `sparsity`, `model_sparsity`, `steps`, `seconds`, and optionally `signatures`,
+            `test_pairs` and `bleu_by_origin`.
+        reference: The same of another run, such as dense training of the same length.
+    """
+    rows = [["", "this run", *(["recorded", "share"] if reference else [])]]
+    for label, key, show in (
+        ("BLEU", "bleu", "{:.2f}"),
+        ("chrF", "chrf", "{:.2f}"),
+        ("sparsity of the prunable set", "sparsity", "{:.2%}"),
+        ("sparsity of the whole model", "model_sparsity", "{:.2%}"),
+        ("optimizer steps", "steps", "{:,}"),
+        ("training time", "seconds", "{:,.0f} s"),
+    ):
+        row = [label, show.format(results[key])]
+        if reference:
+            row.append(show.format(reference[key]) if key in reference else "")
+            is_score = key in ("bleu", "chrf") and reference[key] > 0
+            row.append(f"{results[key] / reference[key]:.2f}" if is_score else "")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    for origin, scores in results.get("bleu_by_origin", {}).items():
+        lines.append(f"  {origin}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f} ({scores['pairs']:,} pairs)")
+    if "test_pairs" in results:
+        lines.append(f"on {results['test_pairs']:,} test pairs; " + "; ".join(results.get("signatures", {}).values()))
+    if reference and "command" in reference:
+        lines.append(f"recorded: {reference['command']}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plot_run(log_history: Sequence[Mapping[str, Any]], phases: Sequence[Phase], path: str | Path) -> None:
+    """Draw sparsity, loss and BLEU over optimizer steps, with the phases shaded; write it to `path`.
+
+    Args:
+        log_history: `trainer.state.log_history`. Panels for which it has no data are left out.
+        phases: `trainer.gap.plan.phases`, or empty for a dense run.
+        path: File to write; its suffix sets the format.
+    """
+    from matplotlib.figure import Figure
+
+    def series(key: str) -> tuple[list[float], list[float]]:
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        return [x for x, _ in points], [y for _, y in points]
+
+    panels = [name for name, key in (("sparsity", "gap_sparsity"), ("loss", "loss"), ("BLEU", "eval_bleu")) if series(key)[0]]
+    last = max([p.end for p in phases] + [int(entry.get("step", 0)) for entry in log_history] + [1])
+    # A Figure of its own, not pyplot: no window, no global state.
+    figure = Figure(figsize=(9, 1.2 + 2.1 * max(1, len(panels))), layout="constrained")
+    axes = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, name in zip(axes, panels, strict=False):
+        _shade(axis, phases)
+        if name == "sparsity":
+            for key, colour, label in (
+                ("gap_sparsity", _BLUE, "prunable weights"),
+                ("gap_model_sparsity", _GREY, "all parameters"),
+            ):
+                x, y = series(key)
+                # Masks are fixed between changes, so a step curve is what happened, to the end of training.
+                axis.step([*x, last], [100 * v for v in (*y, y[-1])], where="post", color=colour, label=label, lw=2)
+            axis.set_ylabel("zeros, %")
+            axis.set_ylim(0, 100)
+        elif name == "loss":
+            x, y = series("loss")
+            axis.plot(x, y, color=_ORANGE, label="training (as optimized)", lw=1.5)
+            x, y = series("eval_loss")
+            if x:
+                axis.plot(x, y, color=_BLUE, label="dev", marker="o", ms=4, lw=1.5)
+            axis.set_ylabel("loss")
+        else:
+            x, y = series("eval_bleu")
+            axis.plot(x, y, color=_GREEN, marker="o", ms=4, lw=1.5, label="dev")
+            axis.annotate(f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(-4, -14), textcoords="offset points", ha="right", color=_GREEN)
+            axis.set_ylabel("BLEU")
+            axis.set_ylim(bottom=0)
+        axis.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+        axis.grid(axis="y", color="#dddddd", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].set_xlim(0, last)
+    if phases:
+        _label_phases(axes[0], phases, last)
+    figure.savefig(path, dpi=130)
+
+
+def _shade(axis: Any, phases: Sequence[Phase]) -> None:
+    for phase in phases:
+        shade = _SHADES.get(phase.kind, "#EEEEEE" if phase.index % 2 else "#FFFFFF")
+        axis.axvspan(phase.start, phase.end, color=shade, alpha=0.25 if phase.kind in _SHADES else 0.9, lw=0, zorder=0)
+
+
+def _label_phases(axis: Any, phases: Sequence[Phase], last: int) -> None:
+    """Which groups are dense, above each phase; left out where phases are too narrow to write in."""
+    for phase in phases:
+        if phase.kind in _SHADES:
+            text = phase.kind
+        elif len(phase.grown) == 1:
+            text = f"round {phase.round}\ngroup {phase.grown[0] + 1}"
+        else:
+            text = f"round {phase.round}"
+        if phase.num_steps / last >= 0.06:
+            axis.text(
+                (phase.start + phase.end) / 2,
+                1.03,
+                text,
+                transform=axis.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color="#444444",
+            )

@@ -1,0 +1,153 @@
+"""Sparse fine-tuning of a causal language model with TRL's SFTTrainer.
+
+    accelerate launch scripts/finetune_lm.py recipes/causal-lm/sft.yaml [--section.key=value …]
+
+Everything under `training` is TRL's SFTConfig, data is what SFTTrainer understands: columns `text`, `messages`, or
+`prompt` and `completion`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from gap_hf import GaPError, GaPMixin, find_targets
+from gap_hf.recipe import load_recipe, one_line
+from gap_hf.sparsifier import keep_counts, make_groups
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Either `checkpoint` (Hub name or folder), or `type`, `config` and `tokenizer` for a model from scratch."""
+
+    checkpoint: str | Path | None = None
+    type: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.type is None):
+            found = "neither" if self.type is None else "both"
+            raise GaPError(f"model.type: found {found} of type and checkpoint, expected one of the two")
+        if self.type is not None and self.tokenizer is None:
+            raise GaPError("model.tokenizer: not set; a model from scratch needs the name or folder of a tokenizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Files (.jsonl, .parquet, .csv, .txt) or a dataset on the Hub with its splits."""
+
+    train: Path | None = None
+    dev: Path | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    train_split: str = "train"
+    dev_split: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.train is None) == (self.dataset is None):
+            raise GaPError("data.train: expected one of train (a file) and dataset (a name on the Hub)")
+        for key in ("train", "dev"):
+            path = getattr(self, key)
+            if path is not None and not path.is_file():
+                raise GaPError(f"data.{key}: no such file: {path}")
+            if path is not None and path.suffix not in READERS:
+                raise GaPError(f"data.{key}: found a {path.suffix} file, expected one of {', '.join(READERS)}")
+
+
+class GaPSFTTrainer(GaPMixin, SFTTrainer):
+    """TRL's SFTTrainer with grow-and-prune: the mixin is all it takes."""
+
+
+def load_data(data: DataSection) -> tuple[Dataset, Dataset | None]:
+    try:
+        if data.dataset is not None:
+            loaded = load_dataset(data.dataset, data.dataset_config)
+            assert isinstance(loaded, DatasetDict)
+            return loaded[data.train_split], loaded[data.dev_split] if data.dev_split else None
+        assert data.train is not None
+        files = {"train": str(data.train)} | ({"dev": str(data.dev)} if data.dev else {})
+        loaded = load_dataset(READERS[data.train.suffix], data_files=files)
+        assert isinstance(loaded, DatasetDict)
+        return loaded["train"], loaded.get("dev")
+    except (OSError, ValueError, KeyError) as error:
+        raise GaPError(f"data.{'dataset' if data.dataset else 'train'}: could not load it: {one_line(error)}") from None
+
+
+def load_model(section: ModelSection) -> PreTrainedModel:
+    try:
+        if section.checkpoint is not None:
+            return AutoModelForCausalLM.from_pretrained(section.checkpoint)
+        assert section.type is not None
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(section.type, **section.config))
+    except (OSError, ValueError, TypeError) as error:
+        key = "checkpoint" if section.checkpoint is not None else "config"
+        raise GaPError(f"model.{key}: {one_line(error)}") from None
+
+
+def run(argv: Sequence[str]) -> None:
+    if not argv:
+        raise GaPError("no recipe given; expected the path of a YAML file, such as recipes/causal-lm/sft.yaml")
+    recipe = load_recipe(
+        argv[0], argv[1:], model_cls=ModelSection, data_cls=DataSection, training_cls=SFTConfig
+    )
+    train, dev = load_data(recipe.data)
+    model = load_model(recipe.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.tokenizer or recipe.model.checkpoint)
+    except (OSError, ValueError) as error:
+        raise GaPError(f"model.tokenizer: {one_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not recipe.gap.is_off:
+        # Whatever is wrong about the targets is said before SFTTrainer tokenizes or writes anything.
+        targets = find_targets(model, recipe.gap)
+        keep_counts(targets, recipe.gap)
+        make_groups(targets, recipe.gap, seed=recipe.gap.seed or 0)
+    args: SFTConfig = recipe.training_arguments(SFTConfig)
+    trainer = GaPSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=dev,
+        processing_class=tokenizer,
+        gap_config=recipe.gap,
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    metrics = {**result.metrics, **(trainer.evaluate() if dev is not None else {})}
+    if "eval_loss" in metrics:
+        metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
+    report = trainer.gap.report() if trainer.gap is not None else {}
+    if trainer.is_world_process_zero():
+        results = {"recipe": recipe.to_dict(), "metrics": metrics, "sparsity": report}
+        Path(str(args.output_dir), "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for key in ("train_loss", "eval_loss", "eval_perplexity", "train_runtime"):
+            if key in metrics:
+                print(f"{key:20} {metrics[key]:.4f}")
+        for key in ("sparsity", "model_sparsity"):
+            if key in report:
+                print(f"{key:20} {report[key]:.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except GaPError as error:
+        print(f"finetune_lm.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The layers of the package: every module imports downward only, and those that need no torch have none."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "gap_hf"
+
+# What each module may import from gap_hf. A new module needs a line here, which is where its place is decided.
+_PURE = {"errors", "config", "phases"}
+_PLAN = _PURE | {"methods", "plan"}
+_TARGETS = {"errors", "config", "targets"}
+_MASKS = {"patterns", "masks", "optimizer_state"}
+_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"sparsifier"}
+_FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "phases": {"errors", "config"},
+    "methods": _PURE | {"methods"},
+    "plan": _PURE | {"methods"},
+    "targets": {"errors", "config"},
+    "partition": _TARGETS,
+    "patterns": _PURE,
+    "masks": _PURE,
+    "optimizer_state": _PURE,
+    "sparsifier": _CORE - {"sparsifier"},
+    "checkpoint": _CORE,
+    "lr": _CORE,
+    "planning": _CORE,
+    "recipe": _CORE,
+    "report": _CORE | {"checkpoint", "planning", "recipe"},
+    "trainer": _CORE | _FILES,
+    "cli": _CORE | _FILES | {"trainer"},
+}
+# Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
+NO_TORCH = {"errors", "config", "phases", "methods", "plan", "partition", "recipe"}
+HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
+
+
+def module_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def layer_of(path: Path) -> str:
+    """``gap_hf/plan.py`` -> ``plan``, ``gap_hf/methods/cyclic.py`` -> ``methods``."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path, *, inside_functions: bool = True) -> list[tuple[str, int]]:
+    """Absolute names and lines of the imports of a file, but not those under ``if TYPE_CHECKING``."""
+    found: list[tuple[str, int]] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                visit(child)
+            return
+        if isinstance(node, ast.FunctionDef) and not inside_functions:
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write gap_hf.…"
+            if node.module == "gap_hf":
+                found.extend((f"gap_hf.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                found.append((node.module or "", node.lineno))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_there_is_something_to_check() -> None:
+    assert {layer_of(path) for path in module_files()} >= {"errors", "config", "plan", "methods", "sparsifier"}
+    assert any(name == "torch" for name, _ in imports_of(PACKAGE / "masks.py"))
+
+
+@pytest.mark.parametrize("path", module_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path) -> None:
+    layer = layer_of(path)
+    assert layer in MAY_IMPORT, f"{path.name}: give it a place in MAY_IMPORT"
+    for name, line in imports_of(path):
+        parts = name.split(".")
+        if parts[0] != "gap_hf":
+            continue
+        assert len(parts) > 1, f"{path}:{line}: imports the package as a whole; import the module it needs"
+        assert parts[1] in MAY_IMPORT[layer], f"{path}:{line}: {layer} may not import {name}"
+
+
+@pytest.mark.parametrize("path", module_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_must_do_without_torch(path: Path) -> None:
+    if layer_of(path) in NO_TORCH:
+        # An import inside a function waits until it is called, as recipe.py's of TrainingArguments does.
+        found = imports_of(path, inside_functions=False)
+        heavy = [f"{name} (line {line})" for name, line in found if name.split(".")[0] in HEAVY]
+        assert not heavy, f"{path.name} imports {', '.join(heavy)}"
+
+
+def test_the_table_has_no_cycle() -> None:
+    placed: set[str] = set()
+    while len(placed) < len(MAY_IMPORT):
+        ready = {m for m, below in MAY_IMPORT.items() if m not in placed and below - {m} <= placed}
+        assert ready, f"cycle among {sorted(MAY_IMPORT.keys() - placed)}"
+        placed |= ready
+
+
+def test_the_package_itself_only_exports() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert all(isinstance(node, ast.ImportFrom | ast.Assign | ast.Expr) for node in tree.body)
