@@ -21,7 +21,7 @@ test-lowest: .venv-lowest/.test  ## the same tests at the lower bounds of pyproj
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench-overhead: $(VENV)/.demo  ## cost of a GaPTrainer step against Trainer's: paired, interleaved
 	$(BIN)/python benchmarks/overhead.py

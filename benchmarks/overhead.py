@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import translate  # noqa: E402
 from _translation.data import DataSection, load_pairs  # noqa: E402
 from _translation.model import ModelSection, load_model, load_tokenizer  # noqa: E402
-from gap_hf.recipe import load_recipe  # noqa: E402
 from transformers import DataCollatorForSeq2Seq  # noqa: E402
+
+from gap_hf.recipe import load_recipe  # noqa: E402
 
 WARM_UP = 10
 
@@ -45,7 +46,9 @@ class Turns(TrainerCallback):
     """Hands over to the other run at the start of every step."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        greenlet.getcurrent().parent.switch()
+        hub = greenlet.getcurrent().parent
+        assert hub is not None
+        hub.switch()
 
 
 def main() -> None:

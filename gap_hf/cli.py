@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -23,7 +24,6 @@ from transformers import (
     PreTrainedConfig,
     Seq2SeqTrainingArguments,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.planning import format_summary, summarize
@@ -95,7 +95,7 @@ def _training_class(path: Path) -> type:
     if path.parent.name != "causal-lm":
         return Seq2SeqTrainingArguments
     try:
-        from trl import SFTConfig
+        from trl.trainer.sft_config import SFTConfig
     except ImportError:
         raise GaPError(f"{path}: needs TRL; install it with pip install 'gap_hf[lm]'") from None
     return SFTConfig
@@ -134,8 +134,8 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
             return _auto_class(config).from_config(config)
     except Exception as error:  # each model checks its own config, with its own kinds of error
         key = "checkpoint" if section.get("checkpoint") is not None else "type"
-        unknown = key == "type" and section.get(key) not in CONFIG_MAPPING_NAMES
-        detail = did_you_mean(str(section.get(key)), CONFIG_MAPPING_NAMES) if unknown else f": {one_line(error)}"
+        unknown = key == "type" and section.get(key) not in CONFIG_MAPPING
+        detail = did_you_mean(str(section.get(key)), CONFIG_MAPPING) if unknown else f": {one_line(error)}"
         raise GaPError(f"model.{key}: found {section.get(key)!r}, which gives no model{detail}") from None
 
 

@@ -323,7 +323,8 @@ def _check_number(name: str, value: Any, low: float, high: float, *, closed_low:
     bounds = f"above {low}" if high == math.inf else f"{'at least' if closed_low else 'above'} {low} and below {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise GaPError(f"gap.{name}: found {value!r}, expected a number {bounds}")
-    if not (low < value < high or (closed_low and value == low)):
+    number = float(value)
+    if not (low < number < high or (closed_low and number == low)):
         raise GaPError(f"gap.{name}: found {value}, expected a number {bounds}")
 
 

@@ -25,6 +25,9 @@ def restarted_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer
     Raises:
         GaPError: if the schedule is not a function of the step (reduce_lr_on_plateau, greedy).
     """
+    # TrainingArguments turns a JSON string into a mapping when it is made.
+    assert not isinstance(args.lr_scheduler_kwargs, str)
+    kwargs = args.lr_scheduler_kwargs
     requested = args.get_warmup_steps(plan.total_steps)
     factors: dict[int, Callable[[int], float]] = {}
 
@@ -37,7 +40,7 @@ def restarted_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer
                 optimizer=stand_in,
                 num_warmup_steps=warmup_steps(requested, num_steps),
                 num_training_steps=num_steps,
-                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+                scheduler_specific_kwargs=kwargs,
             )
             if not isinstance(schedule, LambdaLR):
                 raise GaPError(

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 WEIGHT_COPIES = ("z",)
 # State of torch's Adam and AdamW (amsgrad too): the only form whose step count is understood and restarted.
 _ADAM_KEYS = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
-# Schedule-free optimizers count in the group. Moments of 0 under an old `k` would make the first update 1 / sqrt(1 - b2)
-# learning rates long, and the average would go on from weights that no longer count.
+# Schedule-free optimizers count in the group. Moments of 0 under an old `k` would make the first update up to
+# 1 / sqrt(1 - b2) learning rates long, and the average would go on from weights that no longer count.
 _SCHEDULE_FREE_COUNTS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
 
 

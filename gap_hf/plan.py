@@ -79,11 +79,10 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Rebuild from `to_dict`'s data. Raises GaPError if it is not such data."""
         try:
-            phases = tuple(
-                Phase(**{k: tuple(v) if isinstance(v, list) else v for k, v in phase.items()})
-                for phase in data["phases"]
-            )
-            return cls(phases, int(data["num_groups"]))
+            fields: list[dict[str, Any]] = [
+                {k: tuple(v) if isinstance(v, list) else v for k, v in phase.items()} for phase in data["phases"]
+            ]
+            return cls(tuple(Phase(**values) for values in fields), int(data["num_groups"]))
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise GaPError(f"plan: not a recorded plan ({error!r})") from None
 
@@ -110,7 +109,7 @@ def make_plan(
     """
     if config.is_off:
         raise ValueError("method 'dense' has no plan")
-    if isinstance(steps_per_epoch, float):
+    if isinstance(steps_per_epoch, int | float):
         steps_per_epoch = Fraction(steps_per_epoch).limit_denominator(10**6)
     phases = get_method(config.method).build_phases(
         config, num_groups=num_groups, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed

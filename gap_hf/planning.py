@@ -95,7 +95,10 @@ def format_summary(summary: dict[str, Any]) -> str:
         "Prunable",
         *_table(
             ["tensors", "shape", "name"],
-            [[n, _shape(shape), name] for (name, shape, _), n in _collapse((t["name"], t["shape"], "") for t in s["targets"])],
+            [
+                [n, _shape(shape), name]
+                for (name, shape, _), n in _collapse((t["name"], t["shape"], "") for t in s["targets"])
+            ],
         ),
         "",
         "Left dense",

@@ -108,7 +108,7 @@ def load_recipe(
 
     if training_cls is None:
         # torch comes with this import, so it waits until a recipe is really loaded.
-        from transformers import Seq2SeqTrainingArguments as training_cls  # noqa: N813
+        from transformers import Seq2SeqTrainingArguments as training_cls
     training = _check_training({key: at.value for key, at in values["training"].items()}, training_cls)
     return Recipe(
         path=path,
@@ -213,7 +213,7 @@ def _check_gap(values: dict[str, Any]) -> dict[str, Any]:
     # In YAML 1.1, 2:4 without quotes is a number in base 60. No other integer makes sense as a pattern.
     if isinstance(pattern := values.get("pattern"), int) and not isinstance(pattern, bool) and pattern >= 60:
         text = f"{pattern // 60}:{pattern % 60}"
-        raise GaPError(f"gap.pattern: found the number {pattern}, expected a string; write \"{text}\" with its quotes")
+        raise GaPError(f'gap.pattern: found the number {pattern}, expected a string; write "{text}" with its quotes')
     return {k: _number(v) if hints.get(k) == (float | None) else v for k, v in values.items()}
 
 
@@ -358,9 +358,7 @@ def _choice(name: str, value: Any, valid: list[Any]) -> Any:
     if value not in valid:
         shown = ", ".join(str(v) for v in valid)
         hint = did_you_mean(str(value), [str(v) for v in valid])
-        raise GaPError(
-            f"{name}: found {_show(value)}, expected one of {shown}{hint if 'did you mean' in hint else ''}"
-        )
+        raise GaPError(f"{name}: found {_show(value)}, expected one of {shown}{hint if 'did you mean' in hint else ''}")
     return value
 
 

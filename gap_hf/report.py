@@ -38,7 +38,9 @@ def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | 
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
@@ -65,7 +67,9 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], phases: Sequence[Phase], 
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         return [x for x, _ in points], [y for _, y in points]
 
-    panels = [name for name, key in (("sparsity", "gap_sparsity"), ("loss", "loss"), ("BLEU", "eval_bleu")) if series(key)[0]]
+    panels = [
+        name for name, key in (("sparsity", "gap_sparsity"), ("loss", "loss"), ("BLEU", "eval_bleu")) if series(key)[0]
+    ]
     last = max([p.end for p in phases] + [int(entry.get("step", 0)) for entry in log_history] + [1])
     # A Figure of its own, not pyplot: no window, no global state.
     figure = Figure(figsize=(9, 1.2 + 2.1 * max(1, len(panels))), layout="constrained")
@@ -91,11 +95,15 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], phases: Sequence[Phase], 
             axis.set_ylabel("loss")
         else:
             x, y = series("eval_bleu")
-            axis.plot(x, y, color=_GREEN, marker="o", ms=4, lw=1.5, label="dev")
-            axis.annotate(f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(-4, -14), textcoords="offset points", ha="right", color=_GREEN)
-            axis.set_ylabel("BLEU")
+            axis.plot(x, y, color=_GREEN, marker="o", ms=4, lw=1.5)
+            axis.annotate(
+                f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(-4, -14), textcoords="offset points", ha="right", color=_GREEN
+            )
+            axis.set_ylabel("BLEU on dev")
             axis.set_ylim(bottom=0)
-        axis.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            corner = "lower right" if name == "sparsity" else "upper right"
+            axis.legend(loc=corner, frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
         axis.grid(axis="y", color="#dddddd", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer step")
@@ -112,12 +120,12 @@ def _shade(axis: Any, phases: Sequence[Phase]) -> None:
 
 
 def _label_phases(axis: Any, phases: Sequence[Phase], last: int) -> None:
-    """Which groups are dense, above each phase; left out where phases are too narrow to write in."""
+    """Which group is dense, above each phase; left out where phases are too narrow to write in."""
     for phase in phases:
         if phase.kind in _SHADES:
             text = phase.kind
         elif len(phase.grown) == 1:
-            text = f"round {phase.round}\ngroup {phase.grown[0] + 1}"
+            text = f"round {phase.round}\ndense: {phase.grown[0] + 1}"
         else:
             text = f"round {phase.round}"
         if phase.num_steps / last >= 0.06:

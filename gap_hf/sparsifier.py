@@ -30,6 +30,7 @@ from gap_hf.methods import get_method
 from gap_hf.optimizer_state import clear_grown, clear_pruned, reset_all, unwrap, weight_copies
 from gap_hf.partition import Group, make_partition
 from gap_hf.patterns import (
+    CHUNK,
     check_fits,
     erk_counts,
     magnitude_mask,
@@ -245,10 +246,7 @@ class Sparsifier:
         dropped = 0.0
         overlap = union = 0
         for name in names:
-            param = self.masks.params[name].detach()
-            dropped += (
-                float(torch.linalg.vector_norm(param.masked_fill(new[name] == 1, 0), dtype=_sum_dtype(param))) ** 2
-            )
+            dropped += _dropped_norm_squared(self.masks.params[name].detach(), new[name])
             if (last := self.previous.pop(name, None)) is not None:
                 overlap += int((last & new[name]).sum())
                 union += int((last | new[name]).sum())
@@ -288,18 +286,12 @@ class Sparsifier:
             if name not in masks:
                 weight = self.weights[name]
                 param = self.masks.params[name].detach()
-                masks[name] = (
-                    torch.ones_like(param, dtype=torch.uint8)
-                    if weight.override == 0
-                    else magnitude_mask(param, self.pattern, self._counts[name], weight.layout, name)
-                )
+                masks[name] = magnitude_mask(param, self.pattern, self._counts[name], weight.layout, name)
         return masks
 
     def _random_mask(self, name: str) -> Tensor:
         """From (seed, name) and a generator of its own: equal on every rank, and no draw from the global one."""
         weight = self.weights[name]
-        if weight.override == 0:
-            return torch.ones(weight.shape, dtype=torch.uint8)
         digest = hashlib.sha256(f"gap_hf initial mask {self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return random_mask(weight.shape, self.pattern, self._counts[name], weight.layout, generator)
@@ -340,8 +332,7 @@ def keep_counts(targets: Targets, config: GaPConfig) -> dict[str, int]:
     pattern = parse_pattern(config.pattern)
     units: dict[str, int] = {}
     for weight in targets.weights:
-        if weight.override != 0:
-            check_fits(weight.name, weight.shape, weight.layout, pattern)
+        check_fits(weight.name, weight.shape, weight.layout, pattern)
         units[weight.name] = num_units(weight.shape, pattern)
     counts = {
         w.name: num_kept(config.target if w.override is None else w.override, units[w.name]) for w in targets.weights
@@ -357,6 +348,13 @@ def keep_counts(targets: Targets, config: GaPConfig) -> dict[str, int]:
 def _one_matrix(weight: PrunableWeight) -> tuple[int, int, int]:
     _, outputs, inputs = matrix_shape(weight.shape, weight.layout)
     return 1, outputs, inputs
+
+
+def _dropped_norm_squared(param: Tensor, mask: Tensor) -> float:
+    """|W - m W|^2, in chunks: a masked copy of the whole would double what a prune of bf16 weights needs."""
+    parts = zip(param.reshape(-1).split(CHUNK), mask.reshape(-1).split(CHUNK), strict=True)
+    norms = (torch.linalg.vector_norm(p.masked_fill(m == 1, 0), dtype=_sum_dtype(p)) for p, m in parts)
+    return math.fsum(float(norm) ** 2 for norm in norms)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

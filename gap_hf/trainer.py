@@ -20,6 +20,7 @@ from gap_hf import checkpoint
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
+from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan, make_plan
 from gap_hf.sparsifier import Change, Sparsifier, keep_counts, make_groups
 from gap_hf.targets import find_targets
@@ -169,7 +170,10 @@ class GaPMixin(_Base):
         """Trainer's schedule, or under ``lr_schedule: restart`` the same one in every phase."""
         if self._gap_on and self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is None:
             self.lr_scheduler = restarted_schedule(
-                self.args, optimizer or self.optimizer, self._gap_plan(num_training_steps), self._gap_on_config.lr_peaks
+                self.args,
+                unwrap(optimizer or self.optimizer),
+                self._gap_plan(num_training_steps),
+                self._gap_on_config.lr_peaks,
             )
             self._created_lr_scheduler = True
             return self.lr_scheduler
@@ -207,9 +211,11 @@ class GaPMixin(_Base):
         """The plan of this run; a resumed one keeps its own, with a fine-tune that ends where training ends."""
         if self._gap_resume is not None:
             return self._gap_resume[1].plan.with_total_steps(total_steps)
+        assert self.model is not None
         return plan_for(self.model, self._gap_on_config, self.args, total_steps=total_steps)
 
     def _gap_begin(self) -> None:
+        assert self.model is not None
         plan = self._gap_plan(self.state.max_steps)
         old = self.gap if self.gap is not None and self.gap.model is self.model else None
         seed = self._gap_resume[1].seed if self._gap_resume else self.args.seed

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
 from gap_hf import GaPError, GaPMixin, find_targets
 from gap_hf.recipe import load_recipe, one_line
 from gap_hf.sparsifier import keep_counts, make_groups
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl import SFTConfig, SFTTrainer
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
@@ -98,9 +100,7 @@ def load_model(section: ModelSection) -> PreTrainedModel:
 def run(argv: Sequence[str]) -> None:
     if not argv:
         raise GaPError("no recipe given; expected the path of a YAML file, such as recipes/causal-lm/sft.yaml")
-    recipe = load_recipe(
-        argv[0], argv[1:], model_cls=ModelSection, data_cls=DataSection, training_cls=SFTConfig
-    )
+    recipe = load_recipe(argv[0], argv[1:], model_cls=ModelSection, data_cls=DataSection, training_cls=SFTConfig)
     train, dev = load_data(recipe.data)
     model = load_model(recipe.model)
     try:

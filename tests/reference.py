@@ -10,9 +10,10 @@ import numpy as np
 
 
 def exact_keep(sparsity: Fraction, num_units: int) -> int:
-    """The integer nearest to (1 - s) N, found by trying each; of two equally near the larger."""
+    """The integer nearest to (1 - s) N; of two equally near the larger."""
     wanted = (1 - sparsity) * num_units
-    return min(range(num_units + 1), key=lambda k: (abs(k - wanted), -k))
+    below = wanted.numerator // wanted.denominator
+    return min((below, below + 1), key=lambda k: (abs(k - wanted), -k))
 
 
 def largest_mask(values: Sequence[float], keep: int) -> np.ndarray:
@@ -123,6 +124,7 @@ def erk_counts(raw: Sequence[Fraction], units: Sequence[int], total: int) -> lis
     Tries every number of full layers, from the largest `raw` down, and takes the first with no density above 1.
     """
     order = sorted(range(len(units)), key=lambda j: (-raw[j], j))
+    density: dict[int, Fraction] = {}
     for num_full in range(len(units) + 1):
         full, rest = order[:num_full], order[num_full:]
         left = Fraction(total - sum(units[j] for j in full))

@@ -80,9 +80,7 @@ def test_a_sparse_language_model(recipe: Path, tmp_path: Path, capsys: pytest.Ca
         ("--model.tokenizer=null", "model.tokenizer: not set"),
     ],
 )
-def test_errors(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str
-) -> None:
+def test_errors(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str) -> None:
     import finetune_lm
 
     assert finetune_lm.main([str(recipe), override]) == 2
