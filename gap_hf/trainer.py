@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from fractions import Fraction
+from math import floor
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -299,7 +300,8 @@ def plan_for(model: nn.Module, config: GaPConfig, args: TrainingArguments, *, to
     seed = config.seed if config.seed is not None else args.seed
     groups = make_groups(find_targets(model, config), config, seed=seed)
     epochs = None if args.max_steps > 0 else Fraction(str(args.num_train_epochs))
-    steps_per_epoch = None if epochs is None else Fraction(total_steps) / epochs
+    # Trainer has total = ceil(epochs * steps per epoch), and the latter is whole.
+    steps_per_epoch = None if epochs is None else Fraction(floor(total_steps / epochs))
     return make_plan(
         config, num_groups=len(groups), total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed
     )

@@ -413,6 +413,14 @@ def test_optimizers_given_by_the_user(tmp_path: Path) -> None:
     assert_at_target(trainer)
 
 
+def test_phases_in_epochs(tmp_path: Path) -> None:
+    config = CONFIG.replace(num_rounds=1, phase_epochs=0.5)
+    trainer = gap_trainer(tmp_path, config=config, max_steps=-1, num_train_epochs=2.25)  # 10 steps an epoch, 23 in all
+    trainer.train()
+    assert [p.end for p in trainer.gap.plan.phases] == [5, 10, 15, 23]
+    assert_at_target(trainer)
+
+
 def test_reduce_lr_on_plateau(tmp_path: Path) -> None:
     trainer, _ = watched(
         tmp_path,

@@ -276,7 +276,7 @@ def test_processes_share_an_epoch(num_processes: int) -> None:
     assert {i for shard in shards for batch in shard for i in batch} == set(range(len(lengths)))
     for together in list(zip(*shards, strict=True))[:-1]:
         longest = [max(lengths[i] for i in batch) for batch in together]
-        assert max(longest) - min(longest) <= 3
+        assert max(longest) - min(longest) <= 6  # of 3 to 29
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -339,7 +339,7 @@ def test_steps_are_counted_as_trainer_counts_them(folder: Path, monkeypatch: pyt
 PAIRS = [("one house", 'ein "Haus"'), ("a dog", "ein Hund"), ("a cat", "eine Katze")]
 
 
-def sets(folder: Path, **values: Any) -> dict[str, Any]:
+def sets(**values: Any) -> dict[str, Any]:
     return load_pairs(DataSection(**{"source": "en", "target": "de", **values}))
 
 
@@ -365,16 +365,14 @@ def test_every_format_gives_the_same_pairs(tmp_path: Path, kind: str) -> None:
             if kind == "no header":
                 values["columns"] = ["id", "en", "de"]
         path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
-    loaded = sets(tmp_path, **values)
+    loaded = sets(**values)
     assert set(loaded) == {"train", "dev", "test"}
     for rows in loaded.values():
         assert list(zip(rows["source"], rows["target"], strict=True)) == PAIRS
 
 
 def test_limits_and_swapped_columns(folder: Path) -> None:
-    loaded = sets(
-        folder, folder=folder, source="de", target="en", origin="source", max_train_samples=7, max_eval_samples=2
-    )
+    loaded = sets(folder=folder, source="de", target="en", origin="source", max_train_samples=7, max_eval_samples=2)
     assert {name: len(rows) for name, rows in loaded.items()} == {"train": 7, "dev": 2, "test": 6}
     assert sorted(loaded["train"].column_names) == ["origin", "source", "target"]
 
