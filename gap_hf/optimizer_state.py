@@ -36,6 +36,14 @@ def weight_copies(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor]:
 @torch.no_grad()
 def reset_all(optimizer: Optimizer) -> None:
     """Forget every moment and step count of every parameter, as the authors do at each phase change."""
+    if isinstance(optimizer, torch.optim.Adagrad):
+        # Before torch 2.12 or so its state is made with the optimizer, and a missing one is not made again.
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if state := optimizer.state.get(param):
+                    state["step"].zero_()
+                    state["sum"].fill_(group["initial_accumulator_value"])
+        return
     optimizer.state.clear()
     for group in optimizer.param_groups:
         for key, first in _SCHEDULE_FREE_COUNTS.items():

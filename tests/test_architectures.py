@@ -394,7 +394,11 @@ def test_every_model_is_listed() -> None:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_as_committed(name: str) -> None:
     expected = _expected()
-    assert _describe(name) == expected["models"][name], f"the file was made with {expected['made_with']}"
+    found, wanted = _describe(name), expected["models"][name]
+    if tf.__version__ != expected["made_with"]["transformers"]:
+        # What is dense must be the same; why may differ, since releases tie heads differently (Deformable DETR).
+        found["dense"], wanted["dense"] = list(found["dense"]), list(wanted["dense"])
+    assert found == wanted, f"the file was made with {expected['made_with']}"
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
