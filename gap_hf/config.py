@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from gap_hf.checks import check_choice, check_int, check_number, to_overrides, to_partition, to_strings
 from gap_hf.errors import GaPError, did_you_mean
 
 # A method is one file in gap_hf/methods; listing the folder keeps "add a file" the whole job.
@@ -150,23 +150,23 @@ class GaPConfig:
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
-            _check_choice(name, getattr(self, name), valid)
+            check_choice(name, getattr(self, name), valid)
         for name in ("best_model_at_target", "prune_if_stopped"):
             if not isinstance(getattr(self, name), bool):
                 raise GaPError(f"gap.{name}: found {getattr(self, name)!r}, expected true or false")
         for name in ("num_partitions", "num_rounds", "phase_steps"):
-            _check_int(name, getattr(self, name), low=1, optional=name != "num_partitions")
-        _check_int("seed", self.seed, low=0, optional=True)
-        _check_number("phase_epochs", self.phase_epochs, 0, math.inf)
-        _check_number("fine_tune_share", self.fine_tune_share, 0, 1)
-        _check_number("sparsity", self.sparsity, 0, 1)
+            check_int(name, getattr(self, name), low=1, optional=name != "num_partitions")
+        check_int("seed", self.seed, low=0, optional=True)
+        check_number("phase_epochs", self.phase_epochs, 0, math.inf)
+        check_number("fine_tune_share", self.fine_tune_share, 0, 1)
+        check_number("sparsity", self.sparsity, 0, 1)
         if not isinstance(self.pattern, str):
             raise GaPError(f"gap.pattern: found {self.pattern!r}, expected a string such as '2:4' (quoted in YAML)")
         # Lists and mappings from YAML become tuples, so that a config is immutable and can be compared.
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, _strings(name, getattr(self, name)))
-        object.__setattr__(self, "overrides", _overrides(self.overrides))
-        object.__setattr__(self, "partition", _partition(self.partition, self.num_partitions))
+            object.__setattr__(self, name, to_strings(name, getattr(self, name)))
+        object.__setattr__(self, "overrides", to_overrides(self.overrides))
+        object.__setattr__(self, "partition", to_partition(self.partition, self.num_partitions, PARTITIONS))
         self._check_schedule()
         self._check_pattern()
 
@@ -294,70 +294,3 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise GaPError(f"{path}: found {type(data).__name__} at the top, expected a mapping of keys to values")
     return data
-
-
-def _check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in valid:
-        raise GaPError(
-            f"gap.{name}: found {value!r}, expected one of {', '.join(valid)}{_nearest_only(str(value), valid)}"
-        )
-
-
-def _nearest_only(value: str, valid: Sequence[str]) -> str:
-    hint = did_you_mean(value, valid)
-    return hint if "did you mean" in hint else ""
-
-
-def _check_int(name: str, value: Any, *, low: int, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise GaPError(f"gap.{name}: found {value!r}, expected a whole number of at least {low}")
-    if value < low:
-        raise GaPError(f"gap.{name}: found {value}, expected at least {low}")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, *, closed_low: bool = False) -> None:
-    if value is None:
-        return
-    bounds = f"above {low}" if high == math.inf else f"{'at least' if closed_low else 'above'} {low} and below {high}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise GaPError(f"gap.{name}: found {value!r}, expected a number {bounds}")
-    number = float(value)
-    if not (low < number < high or (closed_low and number == low)):
-        raise GaPError(f"gap.{name}: found {value}, expected a number {bounds}")
-
-
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
-        raise GaPError(f"gap.{name}: found {value!r}, expected a list of strings")
-    return tuple(value)
-
-
-def _overrides(value: Any) -> tuple[tuple[str, float], ...]:
-    if not isinstance(value, Mapping | Sequence) or isinstance(value, str):
-        raise GaPError(f"gap.overrides: found {value!r}, expected a mapping of glob to sparsity")
-    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
-    for i, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise GaPError(f"gap.overrides: found {pair!r}, expected a glob and its sparsity")
-        if pair[0] in (earlier[0] for earlier in pairs[:i]):
-            raise GaPError(f"gap.overrides['{pair[0]}']: given twice; expected each glob once, the first match counts")
-        _check_number(f"overrides['{pair[0]}']", 0.0 if pair[1] is None else pair[1], 0, 1, closed_low=True)
-        if pair[1] is None:
-            raise GaPError(f"gap.overrides['{pair[0]}']: no sparsity given; expected a number from 0 to below 1")
-    return tuple((pattern, sparsity) for pattern, sparsity in pairs)
-
-
-def _partition(value: Any, num_partitions: int) -> str | tuple[tuple[str, ...], ...]:
-    if isinstance(value, str):
-        _check_choice("partition", value, PARTITIONS)
-        return value
-    if not isinstance(value, Sequence) or not value:
-        raise GaPError(
-            f"gap.partition: found {value!r}, expected one of {', '.join(PARTITIONS)} or a list of lists of globs"
-        )
-    groups = tuple(_strings(f"partition[{i}]", group) for i, group in enumerate(value))
-    if len(groups) != num_partitions:
-        raise GaPError(f"gap.partition: lists {len(groups)} groups, but num_partitions is {num_partitions}")
-    return groups

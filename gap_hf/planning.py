@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from gap_hf.allocation import keep_counts, make_groups
 from gap_hf.config import GaPConfig, parse_pattern
 from gap_hf.patterns import num_kept
 from gap_hf.plan import make_plan
-from gap_hf.sparsifier import keep_counts, make_groups
 from gap_hf.targets import Targets, clean_name, find_targets
 
 

@@ -14,9 +14,6 @@ overrides, and all of `training` (as everywhere in transformers), to the current
 from __future__ import annotations
 
 import dataclasses
-import enum
-import math
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
+from gap_hf.coercion import coerce, describe, number, one_line, plain, show
 from gap_hf.config import GaPConfig, load_yaml
 from gap_hf.errors import GaPError, did_you_mean
 
@@ -59,7 +57,7 @@ class Recipe(Generic[M, D]):
         """Plain data (JSON and YAML types): the whole recipe as it was run."""
         training = {**self.training, OVERWRITE: self.overwrite_output_dir}
         sections = {"gap": self.gap.to_dict(), "model": self.model, "data": self.data, "training": training}
-        return {name: _plain(section) for name, section in sections.items()}
+        return {name: plain(section) for name, section in sections.items()}
 
     def training_arguments(self, cls: Callable[..., Any]) -> Any:
         """Build `cls` from the `training` section.
@@ -101,7 +99,7 @@ def load_recipe(
     for name, section in sections.items():
         _check_section(str(name))
         if section is not None and not isinstance(section, Mapping):
-            raise GaPError(f"{name}: found {_show(section)}, expected a mapping of keys to values")
+            raise GaPError(f"{name}: found {show(section)}, expected a mapping of keys to values")
     values = {name: _resolve_at(dict(sections.get(name) or {}), path.parent) for name in SECTIONS}
     for keys, value in parse_overrides(overrides):
         _set(values[keys[0]], keys[1:], _At(value, Path()), ".".join(keys))
@@ -185,12 +183,12 @@ def _set(section: dict[str, _At], keys: list[str], value: _At, name: str) -> Non
     whole = {} if whole is None else whole
     below = name.rsplit(".", len(rest))[0]
     if not isinstance(whole, Mapping):
-        raise GaPError(f"{name}: {below} is {_show(whole)}, expected a mapping to set a key of")
+        raise GaPError(f"{name}: {below} is {show(whole)}, expected a mapping to set a key of")
     whole = inner = dict(whole)
     for key in rest[:-1]:
         deeper = inner.get(key) or {}
         if not isinstance(deeper, Mapping):
-            raise GaPError(f"{name}: '{key}' is {_show(deeper)}, expected a mapping to set a key of")
+            raise GaPError(f"{name}: '{key}' is {show(deeper)}, expected a mapping to set a key of")
         inner[key] = dict(deeper)
         inner = inner[key]
     inner[rest[-1]] = value.value
@@ -214,7 +212,7 @@ def _check_gap(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(pattern := values.get("pattern"), int) and not isinstance(pattern, bool) and pattern >= 60:
         text = f"{pattern // 60}:{pattern % 60}"
         raise GaPError(f'gap.pattern: found the number {pattern}, expected a string; write "{text}" with its quotes')
-    return {k: _number(v) if hints.get(k) == (float | None) else v for k, v in values.items()}
+    return {k: number(v) if hints.get(k) == (float | None) else v for k, v in values.items()}
 
 
 def _build(section: str, values: dict[str, _At], cls: type[Any]) -> Any:
@@ -226,14 +224,14 @@ def _build(section: str, values: dict[str, _At], cls: type[Any]) -> Any:
     for key, at in values.items():
         if key not in names:
             raise GaPError(f"{section}.{key}: unknown key{did_you_mean(key, names)}")
-        out[key] = _coerce(f"{section}.{key}", at.value, hints[key], at.folder)
+        out[key] = coerce(f"{section}.{key}", at.value, hints[key], at.folder)
     missing = [
         f.name
         for f in dataclasses.fields(cls)
         if f.name not in out and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise GaPError(f"{section}.{missing[0]}: not set; expected {_describe(hints[missing[0]])}")
+        raise GaPError(f"{section}.{missing[0]}: not set; expected {describe(hints[missing[0]])}")
     return cls(**out)
 
 
@@ -272,7 +270,7 @@ def _check_training(values: dict[str, Any], cls: type) -> dict[str, Any]:
     for key, value in values.items():
         if key not in names:
             raise GaPError(f"training.{key}: unknown key{did_you_mean(key, names)}")
-        out[key] = _coerce(f"training.{key}", value, hints[key], Path())
+        out[key] = coerce(f"training.{key}", value, hints[key], Path())
         if isinstance(out[key], int | float) and not isinstance(out[key], bool):
             low, high = _RANGES.get(key, (None, None))
             too_low = low is not None and out[key] < low
@@ -290,123 +288,6 @@ def _show_range(key: str, low: float | None, high: float | None) -> str:
     if high is not None:
         return f"{low:g} to {f'{high:,}' if high >= 1 else 'below 1'}"
     return f"above {low:g}" if key in _NEVER_ZERO else f"at least {low:g}"
-
-
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> Any:
-    """A float from a string that reads as one (5e-4 is a string in YAML 1.1), else the value itself."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
-def _coerce(name: str, value: Any, hint: Any, folder: Path) -> Any:
-    """`value` as the annotation `hint` wants it, or a GaPError that says what was expected."""
-    options = _options(hint)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise GaPError(f"{name}: found nothing, expected {_describe(hint)}")
-    for option in options:
-        if isinstance(option, type) and issubclass(option, enum.Enum):
-            return _choice(name, value, [str(member.value) for member in option])
-        if typing.get_origin(option) is typing.Literal:
-            return _choice(name, value, list(typing.get_args(option)))
-    if set(options) >= {str, Path} and isinstance(value, str):
-        return folder / value if value and (folder / value).exists() else value
-    for option in options:
-        ok, result = _as_type(name, value, option, folder)
-        if ok:
-            return result
-    raise GaPError(f"{name}: found {_show(value)}, expected {_describe(hint)}")
-
-
-def _as_type(name: str, value: Any, option: Any, folder: Path) -> tuple[bool, Any]:
-    origin = typing.get_origin(option) or option
-    if origin is bool:
-        return isinstance(value, bool), value
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if origin is float:
-        number = _number(value)
-        # Whole numbers stay int: in TrainingArguments 100 steps and 100.0 are not always the same.
-        return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number), number
-    if origin is str:
-        return isinstance(value, str), value
-    if origin is Path:
-        return isinstance(value, str | Path) and bool(str(value)), folder / value if isinstance(value, str) else value
-    if origin in (list, tuple) and isinstance(value, list):
-        inner = (typing.get_args(option) or (Any,))[0]
-        items = [_coerce(f"{name}[{i}]", item, inner, folder) for i, item in enumerate(value)]
-        return True, tuple(items) if origin is tuple else items
-    if origin is dict:
-        inner = (typing.get_args(option) or (Any, Any))[1]
-        if not isinstance(value, Mapping):
-            return False, None
-        return True, {str(k): _coerce(f"{name}.{k}", v, inner, folder) for k, v in value.items()}
-    return origin is Any, value
-
-
-def _choice(name: str, value: Any, valid: list[Any]) -> Any:
-    if value is False and "no" in valid:
-        return "no"  # a bare `no` is false in YAML 1.1
-    if value not in valid:
-        shown = ", ".join(str(v) for v in valid)
-        hint = did_you_mean(str(value), [str(v) for v in valid])
-        raise GaPError(f"{name}: found {_show(value)}, expected one of {shown}{hint if 'did you mean' in hint else ''}")
-    return value
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (type(None), Any) if hint is Any else (hint,)
-
-
-def _describe(hint: Any) -> str:
-    words: list[str] = []
-    for option in _options(hint):
-        origin = typing.get_origin(option) or option
-        word = {
-            bool: "true or false",
-            int: "a whole number",
-            float: "a finite number",
-            str: "a string",
-            Path: "a path",
-            list: "a list",
-            tuple: "a list",
-            dict: "a mapping",
-        }.get(origin)
-        if word and word not in words:
-            words.append(word)
-    return " or ".join(words) or "another value"
-
-
-def _show(value: Any) -> str:
-    text = one_line(repr(value))
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-def one_line(error: object) -> str:
-    """The text of an error from a library, on one line."""
-    return " ".join(str(error).split())
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
 
 
 __all__ = ["OVERWRITE", "SECTIONS", "Recipe", "load_recipe", "one_line", "parse_overrides"]

@@ -23,18 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gap_hf.allocation import keep_counts, make_groups
 from gap_hf.config import GaPConfig, parse_pattern
-from gap_hf.errors import GaPError
 from gap_hf.masks import Masks
-from gap_hf.methods import get_method
 from gap_hf.optimizer_state import clear_grown, clear_pruned, reset_all, unwrap, weight_copies
-from gap_hf.partition import Group, make_partition
 from gap_hf.patterns import (
     CHUNK,
-    check_fits,
-    erk_counts,
     magnitude_mask,
-    matrix_shape,
     num_kept,
     num_units,
     pooled_masks,
@@ -42,7 +37,7 @@ from gap_hf.patterns import (
 )
 from gap_hf.phases import Phase
 from gap_hf.plan import Plan, make_plan
-from gap_hf.targets import PrunableWeight, Targets, clean_name, find_targets
+from gap_hf.targets import PrunableWeight, clean_name, find_targets
 
 
 @dataclass(frozen=True)
@@ -302,52 +297,6 @@ class Sparsifier:
 
     def _change(self, step: int, error: float | None, iou: float | None) -> Change:
         return Change(step, self.phase, self.sparsity(), self.model_sparsity(), error, iou)
-
-
-def make_groups(targets: Targets, config: GaPConfig, *, seed: int) -> tuple[Group, ...]:
-    """The groups that a method's plan counts: of the partition, or one per tensor."""
-    if not get_method(config.method).PER_TENSOR:
-        return make_partition(targets, config, seed=seed)
-    if config.partition != "balanced":
-        raise GaPError(
-            f"gap.partition: method '{config.method}' draws single tensors in each phase and has no fixed groups; "
-            "leave partition out, or use method: cyclic"
-        )
-    if config.num_partitions > len(targets.weights):
-        raise GaPError(
-            f"gap.num_partitions: found {config.num_partitions}, but the model has {len(targets.weights)} prunable "
-            f"tensors; expected at most {len(targets.weights)}"
-        )
-    return tuple(Group((w.name,), (w.block,), w.numel) for w in targets.weights)
-
-
-def keep_counts(targets: Targets, config: GaPConfig) -> dict[str, int]:
-    """Units (weights, or blocks of a block pattern) that each tensor keeps when it is sparse.
-
-    Under ``global`` these are the counts of the random first masks only; a prune settles them anew.
-
-    Raises:
-        GaPError: if the pattern does not divide a weight.
-    """
-    pattern = parse_pattern(config.pattern)
-    units: dict[str, int] = {}
-    for weight in targets.weights:
-        check_fits(weight.name, weight.shape, weight.layout, pattern)
-        units[weight.name] = num_units(weight.shape, pattern)
-    counts = {
-        w.name: num_kept(config.target if w.override is None else w.override, units[w.name]) for w in targets.weights
-    }
-    if config.distribution == "erk":
-        free = [w for w in targets.weights if w.override is None]
-        shapes = [matrix_shape(w.shape, w.layout) if w.layout == "conv" else _one_matrix(w) for w in free]
-        found = erk_counts(shapes, [units[w.name] for w in free], config.target)
-        counts.update(zip((w.name for w in free), found, strict=True))
-    return counts
-
-
-def _one_matrix(weight: PrunableWeight) -> tuple[int, int, int]:
-    _, outputs, inputs = matrix_shape(weight.shape, weight.layout)
-    return 1, outputs, inputs
 
 
 def _dropped_norm_squared(param: Tensor, mask: Tensor) -> float:

@@ -19,6 +19,7 @@ from torch import nn
 
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.layouts import CONVS, TRANSPOSED_CONVS, layout_of
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,6 @@ class _Param(NamedTuple):
     tied_to: str | None
 
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
 def _read(param: _Param) -> tuple[str | None, str | None]:
     """The layout of a weight that can be pruned, or the reason why it cannot; always exactly one of the two."""
     module, tensor = param.site.module, param.tensor
@@ -197,56 +193,12 @@ def _read(param: _Param) -> tuple[str | None, str | None]:
         return None, f"tied to {param.tied_to}"
     if "bias" in param.attribute:
         return None, "a bias"
-    layout = _layout(module, param.attribute, tensor)
-    if layout is None and isinstance(module, _TRANSPOSED_CONVS):
+    layout = layout_of(module, param.attribute, tensor)
+    if layout is None and isinstance(module, TRANSPOSED_CONVS):
         return None, "a transposed convolution, which is not supported"
     if layout is None:
         return None, f"a parameter of {param.site.type_name} that cannot be read as outputs by inputs"
     return (layout, None) if tensor.requires_grad else (None, "frozen (requires_grad is False)")
-
-
-def _layout(module: nn.Module, attribute: str, tensor: torch.Tensor) -> str | None:
-    if attribute == "weight" and isinstance(module, nn.Linear):
-        return "out_in"
-    if attribute == "weight" and _is_transposed_linear(module):
-        return "in_out"
-    if attribute == "weight" and isinstance(module, _CONVS):
-        return "conv"
-    if attribute in _ATTENTION_WEIGHTS and isinstance(module, nn.MultiheadAttention):
-        return "out_in"
-    return _expert_layout(module, tensor)
-
-
-def _is_transposed_linear(module: nn.Module) -> bool:
-    """GPT-2's Conv1D, told by its home so that this module does not need transformers."""
-    names = {(cls.__module__, cls.__name__) for cls in type(module).__mro__}
-    return ("transformers.pytorch_utils", "Conv1D") in names
-
-
-def _expert_layout(module: nn.Module, tensor: torch.Tensor) -> str | None:
-    """Layout of an expert weight (experts, a, b), or None where nothing says which of a and b is the output."""
-    if tensor.ndim != 3:
-        return None
-    # transformers' use_experts_implementation sets this on nearly every experts module.
-    transposed = vars(module).get("is_transposed")
-    if isinstance(transposed, bool):
-        return "expert_in_out" if transposed else "expert_out_in"
-    # JetMoe's names both sides. Where they are equal nothing tells which is which.
-    num_out, num_in = vars(module).get("output_size"), vars(module).get("input_size")
-    if num_out != num_in and tuple(tensor.shape[1:]) == (num_out, num_in):
-        return "expert_out_in"
-    if num_out != num_in and tuple(tensor.shape[1:]) == (num_in, num_out):
-        return "expert_in_out"
-    # The others (Llama 4): a fused gate-and-up matrix of width 2i beside a down matrix of width i. No pair of
-    # shapes fits both readings, nor both orders.
-    stacked = [p for p in module.parameters(recurse=False) if p.ndim == 3]
-    for up in stacked:
-        for down in stacked:
-            if up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1]:
-                return "expert_out_in"
-            if up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]:
-                return "expert_in_out"
-    return None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -258,7 +210,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _dense_by_default(param: _Param) -> str | None:
     """Why a weight that could be pruned is not, unless `include` names it."""
     module, shape = param.site.module, param.tensor.shape
-    if isinstance(module, _CONVS) and module.groups > 1 and shape[1] == 1:
+    if isinstance(module, CONVS) and module.groups > 1 and shape[1] == 1:
         return "a depthwise convolution"
     for site in (param.site, param.site.parent):
         if site is not None and site.type_name.endswith("Router"):
@@ -313,7 +265,7 @@ def _stem(name: str) -> str:
 
 def _is_block_like(module: nn.Module) -> bool:
     """At least two weights and a norm: a layer or stage, but no input projection and no prediction head."""
-    num_weights = sum(_layout(m, name, p) is not None for m in module.modules() for name, p in _own_weights(m))
+    num_weights = sum(layout_of(m, name, p) is not None for m in module.modules() for name, p in _own_weights(m))
     return num_weights >= 2 and any(_is_norm(m) for m in module.modules())
 
 

@@ -18,12 +18,13 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import get_last_checkpoint
 
 from gap_hf import checkpoint
+from gap_hf.allocation import check_model, make_groups
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan, make_plan
-from gap_hf.sparsifier import Change, Sparsifier, keep_counts, make_groups
+from gap_hf.sparsifier import Change, Sparsifier
 from gap_hf.targets import find_targets
 
 logger = logging.getLogger(__name__)
@@ -339,6 +340,4 @@ def _check_model(model: nn.Module | None, config: GaPConfig) -> None:
             f"{type(model).__name__} is quantised, and its packed weights can be neither grown nor pruned; load it "
             "without a quantization_config"
         )
-    targets = find_targets(model, config)
-    keep_counts(targets, config)
-    make_groups(targets, config, seed=config.seed or 0)
+    check_model(model, config)

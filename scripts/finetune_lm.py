@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from gap_hf import GaPError, GaPMixin, find_targets
+from gap_hf import GaPError, GaPMixin
+from gap_hf.allocation import check_model
 from gap_hf.recipe import load_recipe, one_line
-from gap_hf.sparsifier import keep_counts, make_groups
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
@@ -111,9 +111,7 @@ def run(argv: Sequence[str]) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     if not recipe.gap.is_off:
         # Whatever is wrong about the targets is said before SFTTrainer tokenizes or writes anything.
-        targets = find_targets(model, recipe.gap)
-        keep_counts(targets, recipe.gap)
-        make_groups(targets, recipe.gap, seed=recipe.gap.seed or 0)
+        check_model(model, recipe.gap)
     args: SFTConfig = recipe.training_arguments(SFTConfig)
     trainer = GaPSFTTrainer(
         model=model,

@@ -98,3 +98,37 @@ def test_errors(recipe: Path, capsys: pytest.CaptureFixture[str], arguments: lis
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(tmp_path / "none.yaml")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+# Models that only the Hub has: their type's default config stands in.
+STAND_INS = {
+    "finetune-opus-mt-en-de": ["--model.checkpoint=null", "--model.type=marian"],
+    "finetune-t5-small": ["--model.checkpoint=null", "--model.type=t5"],
+    "sft": ["--model.checkpoint=null", "--model.type=qwen2", "--model.config={num_hidden_layers: 4, hidden_size: 64}"],
+}
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 8
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["plan", str(path), "--steps-per-epoch", "3500", "--json", *STAND_INS.get(path.stem, [])])
+    out = capsys.readouterr()
+    if path.stem == "demo-dense":
+        assert code == 2 and "nothing to plan" in out.err
+        return
+    assert code == 0, out.err
+    plan = json.loads(out.out)
+    assert plan["phases"][-1]["end"] == plan["total_steps"] and plan["sparsity"] > 0.4
+
+
+def test_the_authors_big_transformer(capsys: pytest.CaptureFixture[str]) -> None:
+    path = next(p for p in RECIPES if p.stem == "wmt14-en-de-big-cgap-90")
+    assert main(["plan", str(path), "--steps-per-epoch", "3500", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["targets"]) == 96 and plan["num_prunable"] == 176_160_768  # 176.2 M, as published
+    assert plan["groups"][0]["blocks"][-1] == "model.encoder.layers.3"
+    assert [p["end"] - p["start"] for p in plan["phases"]] == [35_000] * 10 + [140_000]  # 10 epochs each, then 40

@@ -14,30 +14,34 @@ _PURE = {"errors", "config", "phases"}
 _PLAN = _PURE | {"methods", "plan"}
 _TARGETS = {"errors", "config", "targets"}
 _MASKS = {"patterns", "masks", "optimizer_state"}
-_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"sparsifier"}
+_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "sparsifier"}
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
+    "checks": {"errors"},
+    "config": {"errors", "checks"},
+    "coercion": {"errors"},
     "phases": {"errors", "config"},
     "methods": _PURE | {"methods"},
     "plan": _PURE | {"methods"},
-    "targets": {"errors", "config"},
+    "layouts": set(),
+    "targets": {"errors", "config", "layouts"},
     "partition": _TARGETS,
     "patterns": _PURE,
     "masks": _PURE,
     "optimizer_state": _PURE,
+    "allocation": _CORE - {"sparsifier", "allocation"},
     "sparsifier": _CORE - {"sparsifier"},
     "checkpoint": _CORE,
     "lr": _CORE,
     "planning": _CORE,
-    "recipe": _CORE,
+    "recipe": _CORE | {"coercion"},
     "report": _CORE | {"checkpoint", "planning", "recipe"},
     "trainer": _CORE | _FILES,
     "cli": _CORE | _FILES | {"trainer"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
-NO_TORCH = {"errors", "config", "phases", "methods", "plan", "partition", "recipe"}
+NO_TORCH = {"errors", "checks", "config", "coercion", "phases", "methods", "plan", "partition", "recipe"}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_script(*words: str) -> subprocess.CompletedProcess[str]:
+def run_script(*words: str, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "translate.py"), *words]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--rdzv_backend", "c10d"]
+    launch = [*launch, "--rdzv_endpoint", "localhost:0"] if num_processes > 1 else []
+    command = [sys.executable, *launch, str(ROOT / "scripts" / "translate.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
 
 
@@ -200,6 +203,17 @@ def test_resume_in_the_middle_of_an_epoch_ends_the_same(finished: tuple[Path, st
     assert translate.main([str(write_recipe(folder)), *arguments]) == 0
     expected, found = load_file(output / "model.safetensors"), load_file(folder / "run" / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_processes_score_every_pair_once(folder: Path) -> None:
+    """Six and four pairs in batches of four per process: the last ones are filled up, which must not be scored."""
+    recipe = write_recipe(folder, training={"per_device_eval_batch_size": 4, "save_strategy": "no"})
+    done = run_script(str(recipe), num_processes=2)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["test_pairs"] == 6 == len((folder / "run" / "translations.txt").read_text().splitlines())
+    assert results["sparsity"] == pytest.approx(0.8, abs=0.002)
+    assert done.stdout.count("saved in") == 1
 
 
 def test_a_used_folder_is_neither_overwritten_nor_resumed_unasked(
@@ -408,6 +422,26 @@ def recipe_arguments(recipe: Any, changes: dict[str, Any]) -> Any:
     from transformers import Seq2SeqTrainingArguments
 
     return Seq2SeqTrainingArguments(**{**recipe.training, **changes})
+
+
+def test_the_recorded_dense_run_is_the_demo_without_gap() -> None:
+    """Same model, data, steps and settings, or the comparison that the demo prints means nothing."""
+    demo, dense = (
+        load_recipe(ROOT / "recipes" / "translation" / name, model_cls=ModelSection, data_cls=DataSection)
+        for name in ("demo.yaml", "demo-dense.yaml")
+    )
+    assert dense.gap.is_off
+    assert demo.model == dense.model
+    assert demo.data.reference is not None
+    assert replace(demo.data, reference=None) == dense.data
+    assert {**demo.training, "output_dir": ""} == {**dense.training, "output_dir": ""}
+    recorded = translate.read_reference(demo.data.reference)
+    assert recorded is not None
+    assert recorded["steps"] == dense.training["max_steps"]
+    assert recorded["test_pairs"] == 252
+    same = {key: recorded["recipe"]["training"][key] for key in dense.training if key != "output_dir"}
+    assert same == {key: value for key, value in dense.training.items() if key != "output_dir"}
+    assert recorded["recipe"]["model"] == dense.to_dict()["model"]
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

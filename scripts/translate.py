@@ -1,0 +1,418 @@
+"""Train a sparse translation model by scheduled grow-and-prune, and translate with it.
+
+    accelerate launch scripts/translate.py recipes/translation/demo.yaml --training.learning_rate=2e-3
+    python scripts/translate.py --predict FILE --model runs/demo [--output FILE]
+
+The recipe (gap, model, data, training) says everything about a run; docs are in `gap_hf.recipe`, `ModelSection`
+and `DataSection`. The output folder holds the model, its tokenizer, the masks, the recipe as it was run,
+results.json, the translations of the test set and plot.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+import yaml
+from _translation.batching import TokenBatches, TokenBatchSampler
+from _translation.data import DataSection, load_pairs
+from _translation.model import ModelSection, load_model, load_tokenizer
+from _translation.scoring import Scorer
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import gap_hf
+from gap_hf import GaPError, GaPSeq2SeqTrainer
+from gap_hf.planning import format_summary, summarize
+from gap_hf.recipe import Recipe, load_recipe, one_line
+from gap_hf.report import plot_run, results_table
+
+TranslationRecipe = Recipe[ModelSection, DataSection]
+RECIPE_FILE = "recipe.yaml"
+
+
+class TranslationTrainer(TokenBatches, GaPSeq2SeqTrainer):
+    """GaPSeq2SeqTrainer on token batches, with cheap evaluations during training."""
+
+    eval_num_beams = 1
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        kwargs.setdefault("num_beams", self.eval_num_beams)
+        return super().evaluate(*args, **kwargs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; what is wrong with the recipe or the data is one line on stderr and exit code 2."""
+    try:
+        args, overrides = parse(argv)
+        if args.predict is not None:
+            translate_file(args.predict, args.model, args.output, batch_size=args.batch_size)
+        else:
+            recipe = load_recipe(args.recipe, overrides, model_cls=ModelSection, data_cls=DataSection)
+            train(recipe, plan_only=args.plan)
+    except GaPError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", nargs="?", help="YAML file; any --section.key=value after it overrides one value")
+    parser.add_argument("--plan", action="store_true", help="print targets, groups, phases and cost, and stop")
+    parser.add_argument("--predict", type=Path, metavar="FILE", help="translate this text file line by line, and stop")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="with --predict: output folder of a training run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="with --predict: where to write; stdout if left out"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="with --predict: lines translated at once")
+    args, overrides = parser.parse_known_args(argv)
+    if args.predict is not None:
+        if args.recipe or overrides or args.model is None:
+            raise GaPError("--predict: expected --predict FILE --model DIR [--output FILE], without a recipe")
+        if args.batch_size < 1:
+            raise GaPError(f"--batch-size: found {args.batch_size}, expected at least 1")
+    elif args.recipe is None:
+        raise GaPError("no recipe given; expected a YAML file such as recipes/translation/demo.yaml")
+    elif args.model is not None or args.output is not None:
+        raise GaPError("--model and --output go with --predict; expected --model.key=value or --training.output_dir=…")
+    return args, overrides
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
+    """From a recipe to the finished output folder, which is only created once nothing can be wrong any more."""
+    if plan_only and recipe.gap.is_off:
+        raise GaPError("gap.method: 'dense' trains without grow-and-prune, so there is nothing to plan")
+    data = recipe.data
+    args: Seq2SeqTrainingArguments = recipe.training_arguments(Seq2SeqTrainingArguments)
+    check_arguments(recipe, args)
+    resume = checkpoint_to_resume(recipe, args)
+    set_seed(args.seed)
+
+    with args.main_process_first(desc="loading the data"):
+        pairs = load_pairs(data)
+    texts = (text for column in ("source", "target") for text in pairs["train"][column])
+    tokenizer = load_tokenizer(recipe.model, texts, max_length=data.max_length, broadcast=broadcast_object_list)
+    with args.main_process_first(desc="tokenizing"):
+        tokens = {split: tokenize(rows, tokenizer, data, split) for split, rows in pairs.items()}
+    set_seed(args.seed)  # the same weights, whatever came before
+    model = load_model(recipe.model, tokenizer, max_length=args.generation_max_length or data.max_length)
+    assert model.generation_config is not None
+    model.generation_config.num_beams = args.generation_num_beams or model.generation_config.num_beams
+    if model.config.model_type == "t5" and data.source_prefix:
+        model.config.prefix = data.source_prefix
+
+    sampler = make_sampler(tokens["train"], recipe, args)
+    total_steps, steps_per_epoch = count_steps(len(tokens["train"]), sampler, args)
+    if not recipe.gap.is_off:
+        # Targets, pattern, partition and phases are all worked out here, for their errors.
+        summary = summarize(model, recipe.gap, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=args.seed)
+        if plan_only:
+            print(format_summary(summary))
+            return
+
+    scorer = Scorer(lowercase=data.lowercase_bleu)
+    references = {split: pairs[split]["target"] for split in ("dev", "test")}
+    trainer = TranslationTrainer(
+        model=model,
+        args=args,
+        gap_config=recipe.gap,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["dev"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 else None),
+        compute_metrics=lambda p: scorer(decode(p.predictions, tokenizer, references["dev"]), references["dev"]),
+    )
+    trainer.eval_num_beams = data.eval_num_beams
+    if sampler is not None:
+        trainer.use_token_batches(sampler)
+    output = Path(str(args.output_dir))
+    if trainer.is_world_process_zero():
+        if resume is None:
+            remove_earlier_run(output)
+        (output / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+        if scorer.note:
+            print(scorer.note)
+        left_out = len(pairs["train"]) - len(tokens["train"])
+        print(
+            f"{model.num_parameters():,} parameters, {len(tokens['train']):,} training pairs "
+            f"({left_out:,} longer than {data.max_length} tokens left out), {total_steps:,} steps"
+        )
+
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    train_seconds = time.perf_counter() - begin
+    trainer.save_model()
+    trainer.save_state()
+
+    # The test set is translated and scored here and nowhere else: no choice is ever made by it.
+    trainer.compute_metrics = None
+    predictions = trainer.predict(tokens["test"])  # type: ignore[arg-type]
+    if trainer.is_world_process_zero():
+        translations = decode(predictions.predictions, tokenizer, references["test"])
+        results = {
+            "command": " ".join(["python", *sys.argv]),
+            **scorer(translations, references["test"]),
+            "signatures": scorer.signatures(),
+            "bleu_by_origin": score_by_origin(scorer, translations, pairs["test"]),
+            "test_pairs": len(translations),
+            **sparsity_of(trainer, model),
+            "steps": trainer.state.global_step,
+            "seconds": round(train_seconds, 1),
+            "dev": [entry for entry in trainer.state.log_history if "eval_bleu" in entry],
+            "versions": {m.__name__: m.__version__ for m in (gap_hf, torch, transformers)},
+            "recipe": recipe.to_dict(),
+        }
+        write_outputs(output, results, translations, trainer)
+        print("\n" + results_table(results, reference=read_reference(data.reference)))
+        print(f"saved in {output}: the model, {RECIPE_FILE}, results.json, translations.txt and plot.png")
+
+
+def check_arguments(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments) -> None:
+    if not args.predict_with_generate:
+        raise GaPError("training.predict_with_generate: found false, expected true: BLEU is computed on translations")
+    if args.auto_find_batch_size and recipe.data.max_tokens_per_batch is not None:
+        raise GaPError(
+            "training.auto_find_batch_size: contradicts data.max_tokens_per_batch, which sets the batches; expected one"
+        )
+    if not recipe.gap.is_off and recipe.gap.phase_epochs is not None and args.max_steps > 0:
+        raise GaPError("gap.phase_epochs: training is set by training.max_steps; expected gap.phase_steps")
+    read_reference(recipe.data.reference)
+
+
+def checkpoint_to_resume(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments) -> str | None:
+    """The checkpoint to go on from; an output folder in use is an error unless it is resumed or overwritten."""
+    wanted: Any = args.resume_from_checkpoint
+    output = Path(str(args.output_dir))
+    if output.exists() and not output.is_dir():
+        raise GaPError(f"training.output_dir: {output} is a file, expected a folder")
+    if wanted is True:
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if last is None:
+            raise GaPError(f"training.resume_from_checkpoint: found no checkpoint in {output}, expected one")
+        return last
+    if wanted:
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise GaPError(
+                f"training.resume_from_checkpoint: {wanted} is no checkpoint; expected its trainer_state.json"
+            )
+        return str(wanted)
+    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite_output_dir:
+        raise GaPError(
+            f"training.output_dir: {output} is not empty; expected another folder, "
+            "--training.overwrite_output_dir=true, or --training.resume_from_checkpoint=true to go on"
+        )
+    return None
+
+
+def remove_earlier_run(output: Path) -> None:
+    """What a run writes and the next might mistake for its own: checkpoints and results. Nothing else is touched."""
+    for path in output.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file():
+            shutil.rmtree(path)
+    for name in ("results.json", "translations.txt", "plot.png"):
+        (output / name).unlink(missing_ok=True)
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataSection, split: str) -> Dataset:
+    """Columns input_ids, attention_mask and labels. Too long training pairs go; sources to translate are cut."""
+    longest = None if split == "train" else data.max_length
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+        sources = [data.source_prefix + text for text in batch["source"]]
+        # Without truncation a tokenizer warns about each model's own limit; those pairs are left out below.
+        encoded = tokenizer(sources, max_length=longest, truncation=longest is not None, verbose=False)
+        labels = tokenizer(
+            text_target=batch["target"], max_length=longest, truncation=longest is not None, verbose=False
+        )
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": labels["input_ids"],
+        }
+
+    # A bar where there is something to wait for.
+    (datasets.enable_progress_bars if len(rows) > 100_000 else datasets.disable_progress_bars)()
+    workers = data.num_workers if data.num_workers and data.num_workers > 1 else None
+    out = rows.map(encode, batched=True, remove_columns=rows.column_names, num_proc=workers, load_from_cache_file=False)
+    if split != "train":
+        return out
+    fits = [i for i, n in enumerate(lengths(out)) if n <= data.max_length]
+    if not fits:
+        raise GaPError(
+            f"data.max_length: no training pair has at most {data.max_length} tokens; expected a larger number"
+        )
+    return out.select(fits)
+
+
+def lengths(tokens: Dataset) -> list[int]:
+    """The longer side of each pair, in tokens."""
+    return [max(len(s), len(t)) for s, t in zip(tokens["input_ids"], tokens["labels"], strict=True)]
+
+
+def make_sampler(train: Dataset, recipe: TranslationRecipe, args: Seq2SeqTrainingArguments) -> TokenBatchSampler | None:
+    if recipe.data.max_tokens_per_batch is None:
+        return None
+    return TokenBatchSampler(
+        lengths(train),
+        max_tokens=recipe.data.max_tokens_per_batch,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        group_size=args.world_size * args.gradient_accumulation_steps,
+    )
+
+
+def count_steps(
+    num_pairs: int, sampler: TokenBatchSampler | None, args: Seq2SeqTrainingArguments
+) -> tuple[int, Fraction]:
+    """Optimizer steps in all and per epoch, as the Trainer will count them."""
+    if sampler is not None:
+        batches = math.ceil(len(sampler) / args.world_size)
+    elif args.dataloader_drop_last:
+        batches = num_pairs // (args.train_batch_size * args.world_size)
+    else:
+        batches = math.ceil(num_pairs / (args.train_batch_size * args.world_size))
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    return total, Fraction(per_epoch)
+
+
+def decode(predictions: Any, tokenizer: PreTrainedTokenizerBase, references: Sequence[str]) -> list[str]:
+    """Generated token ids, padded with -100, to one text per reference.
+
+    With several processes Seq2SeqTrainer also returns the examples that filled up their last batches, at the end.
+    """
+    ids = np.array(predictions)
+    ids[ids < 0] = tokenizer.pad_token_id
+    texts = tokenizer.batch_decode(ids[: len(references)], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def score_by_origin(scorer: Scorer, translations: Sequence[str], pairs: Dataset) -> dict[str, dict[str, float]]:
+    """BLEU, chrF and number of pairs for each value of the origin column; empty where all are from one place."""
+    if "origin" not in pairs.column_names or len(set(pairs["origin"])) < 2:
+        return {}
+    rows = list(zip(pairs["origin"], translations, pairs["target"], strict=True))
+    out = {}
+    for origin in sorted(set(pairs["origin"])):
+        mine = [(text, reference) for name, text, reference in rows if name == origin]
+        out[origin] = {**scorer([t for t, _ in mine], [r for _, r in mine]), "pairs": len(mine)}
+    return out
+
+
+def sparsity_of(trainer: TranslationTrainer, model: PreTrainedModel) -> dict[str, Any]:
+    if trainer.gap is None:
+        return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
+    return trainer.gap.report()
+
+
+def read_reference(path: Path | None) -> dict[str, Any] | None:
+    """A recorded run to compare with. Raises GaPError if it is no results file."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, "bleu": float(found["bleu"]), "chrf": float(found["chrf"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GaPError(
+            f"data.reference: {path} is no results.json ({one_line(repr(error))}); expected bleu and chrf in it"
+        ) from None
+
+
+def write_outputs(output: Path, results: dict[str, Any], translations: Sequence[str], trainer: Any) -> None:
+    (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "translations.txt").write_text("".join(f"{text}\n" for text in translations), encoding="utf-8")
+    phases = trainer.gap.plan.phases if trainer.gap is not None else ()
+    plot_run(trainer.state.log_history, phases, output / "plot.png")
+
+
+# --- translating -----------------------------------------------------------------------------------------------------
+
+
+def translate_file(path: Path, folder: Path, output: Path | None, *, batch_size: int) -> None:
+    """Translate a text file line by line with a trained model.
+
+    Raises:
+        GaPError: if the file or the model cannot be read.
+    """
+    if not path.is_file():
+        raise GaPError(f"--predict: no such file: {path}")
+    if not folder.is_dir():
+        raise GaPError(f"--model: no such folder: {folder}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise GaPError(f"--predict: {one_line(error)}") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    prefix, max_length = _translation_settings(folder)
+    translations = list(
+        _translate(lines, model, tokenizer, prefix=prefix, max_length=max_length, batch_size=batch_size)
+    )
+    text = "".join(f"{line}\n" for line in translations)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+def _translation_settings(folder: Path) -> tuple[str, int | None]:
+    """Prefix and longest input that the model was trained with, from the recipe beside it or above a checkpoint."""
+    for path in (folder / RECIPE_FILE, folder.parent / RECIPE_FILE):
+        if path.is_file():
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+            return data["source_prefix"], data["max_length"]
+    return "", None
+
+
+def _translate(
+    lines: Sequence[str], model: Any, tokenizer: Any, *, prefix: str, max_length: int | None, batch_size: int
+) -> Iterator[str]:
+    """One translation per line, in order; an empty line stays empty."""
+    for start in range(0, len(lines), batch_size):
+        batch = [line.strip() for line in lines[start : start + batch_size]]
+        texts = [prefix + line for line in batch if line]
+        translated = iter(())
+        if texts:
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=max_length)
+            with torch.inference_mode():
+                generated = model.generate(**inputs.to(model.device))
+            translated = iter(tokenizer.batch_decode(generated, skip_special_tokens=True))
+        for line in batch:
+            yield next(translated).strip() if line else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
