@@ -86,12 +86,18 @@ class GaPMixin(_Base):
         if not self._gap_on:
             super().__init__(*args, **kwargs)
             return
-        model = kwargs.get("model", args[0] if args else None)
+        # Trainer makes the output folder, so all that can be refused by what was passed is refused before it.
+        model, arguments = (
+            kwargs.get(key, args[i] if len(args) > i else None) for i, key in enumerate(("model", "args"))
+        )
         if isinstance(model, nn.Module):
             _check_model(model, self._gap_on_config)
+        if isinstance(arguments, TrainingArguments):
+            _check_arguments(arguments, self._gap_on_config)
         super().__init__(*args, **kwargs)
         if not isinstance(model, nn.Module):  # a name, or model_init: known only now
             _check_model(self.model, self._gap_on_config)
+        _check_arguments(self.args, self._gap_on_config)
         self._gap_check_setup()
         callback = _GaPCallback(self)
         self.add_callback(callback)
@@ -113,29 +119,13 @@ class GaPMixin(_Base):
         return self.gap
 
     def _gap_check_setup(self) -> None:
-        if self.args.n_gpu > 1:
-            raise GaPError(
-                f"DataParallel over {self.args.n_gpu} GPUs keeps short-lived replicas that no mask reaches; start the "
-                "script with `accelerate launch` or `torchrun`, or show it one GPU"
-            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             found = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise GaPError(f"{found} shards weights, which this version cannot mask yet; use DDP, or a single process")
-        optim = str(getattr(self.args.optim, "value", self.args.optim))
-        if optim in _STEPS_IN_BACKWARD or optim.endswith("_layerwise"):
-            raise GaPError(
-                f"training.optim: '{optim}' updates weights inside backward, before their gradients can be masked; "
-                "expected one that steps after it, such as adamw_torch_fused or adafactor"
-            )
-        config = self._gap_on_config
-        if config.lr_schedule == "restart" and self.lr_scheduler is not None:
+        if self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is not None:
             raise GaPError(
                 "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
                 "(optimizer, None), or use lr_schedule: whole"
-            )
-        if config.phase_epochs is not None and self.args.max_steps > 0:
-            raise GaPError(
-                "gap.phase_epochs: training is set by max_steps, not by epochs; expected phase_steps, or num_train_epochs"
             )
 
     # --- Trainer's methods -------------------------------------------------------------------------------------------
@@ -341,3 +331,22 @@ def _check_model(model: nn.Module | None, config: GaPConfig) -> None:
             "without a quantization_config"
         )
     check_model(model, config)
+
+
+def _check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
+    """What cannot work whatever the model is."""
+    if args.n_gpu > 1:
+        raise GaPError(
+            f"DataParallel over {args.n_gpu} GPUs keeps short-lived replicas that no mask reaches; start the script with "
+            "`accelerate launch` or `torchrun`, or show it one GPU"
+        )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim in _STEPS_IN_BACKWARD or optim.endswith("_layerwise"):
+        raise GaPError(
+            f"training.optim: '{optim}' updates weights inside backward, before their gradients can be masked; expected "
+            "one that steps after it, such as adamw_torch_fused or adafactor"
+        )
+    if config.phase_epochs is not None and args.max_steps > 0:
+        raise GaPError(
+            "gap.phase_epochs: training is set by max_steps, not by epochs; expected phase_steps, or num_train_epochs"
+        )

@@ -551,6 +551,7 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
 def test_optimizers_that_step_in_backward_are_refused(tmp_path: Path, optim: str) -> None:
     refused(tmp_path, f"'{optim}' updates weights inside backward", optim=optim)
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantised_models_are_refused(tmp_path: Path) -> None:
