@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench-overhead: $(VENV)/.demo  ## cost of a GaPTrainer step against Trainer's: paired, interleaved
+bench-overhead: $(VENV)/.bench  ## cost of a GaPTrainer step against Trainer's: paired, interleaved
 	$(BIN)/python benchmarks/overhead.py
 
 $(BIN)/python:
@@ -31,6 +31,10 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[translation]'
+	touch $@
+
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[bench]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python

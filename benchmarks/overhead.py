@@ -55,8 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/translation/demo.yaml")
     parser.add_argument("--pairs", type=int, default=300, help="counted pairs of steps")
+    parser.add_argument("--threads", type=int, default=1, help="as the demo has them: accelerate launch sets one")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/overhead.json")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
 
     with tempfile.TemporaryDirectory() as folder:
         quiet = [f"--training.output_dir={folder}", "--training.eval_strategy=no", "--training.save_strategy=no"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -25,9 +26,10 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
+from gap_hf.config import load_yaml
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.planning import format_summary, summarize
-from gap_hf.recipe import load_recipe, one_line
+from gap_hf.recipe import OVERWRITE, load_recipe, one_line
 
 # A config type that several of these know is built by the first.
 _AUTO_CLASSES = (
@@ -91,14 +93,17 @@ def plan_recipe(
 
 
 def _training_class(path: Path) -> type:
-    """A recipe for a causal LM has TRL's names under `training`; all others have transformers' own."""
-    if path.parent.name != "causal-lm":
+    """TRL's SFTConfig if `training` has a name that only it has, else transformers' own."""
+    training = load_yaml(path).get("training")
+    names = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)} | {OVERWRITE}
+    if not isinstance(training, dict) or training.keys() <= names:
         return Seq2SeqTrainingArguments
     try:
         from trl.trainer.sft_config import SFTConfig
     except ImportError:
-        raise GaPError(f"{path}: needs TRL; install it with pip install 'gap_hf[lm]'") from None
-    return SFTConfig
+        return Seq2SeqTrainingArguments  # which then names the key that it does not know
+    known = names | {f.name for f in dataclasses.fields(SFTConfig)}
+    return SFTConfig if training.keys() <= known and training.keys() - names else Seq2SeqTrainingArguments
 
 
 def _length(training: Mapping[str, Any], steps: int | None, per_epoch: int | None) -> tuple[int, Fraction | None]:

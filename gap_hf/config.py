@@ -226,6 +226,8 @@ class GaPConfig:
         for key in values:
             if key not in names:
                 hint = f"; it is called '{AUTHORS_NAMES[key]}' here" if key in AUTHORS_NAMES else None
+                if key == "num_steps":
+                    hint = "; the authors' num_steps is 1 + num_rounds × num_partitions here"
                 raise GaPError(f"gap.{key}: unknown key{hint or did_you_mean(str(key), names)}")
         return cls(**values)
 

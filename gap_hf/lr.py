@@ -28,17 +28,23 @@ def restarted_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer
     # TrainingArguments turns a JSON string into a mapping when it is made.
     assert not isinstance(args.lr_scheduler_kwargs, str)
     kwargs = args.lr_scheduler_kwargs
-    requested = args.get_warmup_steps(plan.total_steps)
     factors: dict[int, Callable[[int], float]] = {}
 
     def factor_of(num_steps: int) -> Callable[[int], float]:
         if num_steps not in factors:
             # Schedules such as polynomial read the base rate from an optimizer; this one is never stepped.
             stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+            warmup = warmup_steps(args.get_warmup_steps(num_steps), num_steps)
+            decay = (kwargs or {}).get("num_decay_steps", 0)
+            if warmup + decay > num_steps:
+                raise GaPError(
+                    f"training.lr_scheduler_kwargs: num_decay_steps is {decay}, but lr_schedule 'restart' has a phase of "
+                    f"{num_steps} steps with {warmup} of warm-up; expected at most {num_steps - warmup}"
+                )
             schedule = get_scheduler(
                 args.lr_scheduler_type,
                 optimizer=stand_in,
-                num_warmup_steps=warmup_steps(requested, num_steps),
+                num_warmup_steps=warmup,
                 num_training_steps=num_steps,
                 scheduler_specific_kwargs=kwargs,
             )
@@ -54,5 +60,6 @@ def restarted_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer
         phase = plan.phase_at(step)
         return peak_factor(plan, phase, peaks) * factor_of(phase.num_steps)(step - phase.start)
 
-    factor_of(plan.phases[0].num_steps)  # refuse before training, not at the first restart
+    for phase in plan.phases:
+        factor_of(phase.num_steps)  # refuse before training, not at a restart
     return LambdaLR(optimizer, factor)

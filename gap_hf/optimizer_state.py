@@ -13,8 +13,6 @@ from torch.optim import Optimizer
 
 # Copies of the weights themselves, not moments: schedule-free optimizers step on `z`.
 WEIGHT_COPIES = ("z",)
-# State of torch's Adam and AdamW (amsgrad too): the only form whose step count is understood and restarted.
-_ADAM_KEYS = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 # Schedule-free optimizers count in the group. Moments of 0 under an old `k` would make the first update up to
 # 1 / sqrt(1 - b2) learning rates long, and the average would go on from weights that no longer count.
 _SCHEDULE_FREE_COUNTS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
@@ -67,20 +65,25 @@ def clear_grown(optimizer: Optimizer, param: nn.Parameter, mask: Tensor) -> None
     the survivors' moments are rescaled by (1 - b) / (1 - b^t), which leaves their bias-corrected values as they
     were. A grown weight's updates are then at most 1.3 % longer than a fresh Adam's (the first is 0.74 of it).
 
-    Optimizers that count for the whole group (schedule-free) cannot restart one tensor's count: there a grown
-    weight's second moment starts from the mean of its tensor's survivors.
+    That is for torch's Adam and AdamW (amsgrad too). Other counts mean other things: RAdam's early steps are not
+    normalised, schedule-free counts for the whole group. With them a grown weight's second moment starts from the
+    mean of its tensor's survivors. State that is not plain floating-point (8-bit optimizers) cannot be edited by
+    entry: the tensor's whole state is forgotten, and the optimizer makes it anew.
     """
     state = optimizer.state.get(param)
     if not state:
+        return
+    if any(_is_packed(value, param) for value in state.values()):
+        del optimizer.state[param]
         return
     grown = mask == 0
     survivors = int(mask.sum())
     for value in _elementwise(state, param):
         value.masked_fill_(grown, 0)
-    if "exp_avg_sq" in state and "step" not in state and survivors:
-        second = state["exp_avg_sq"]
-        second.masked_fill_(grown, float(second.sum() / survivors))
-    if not (state.keys() <= _ADAM_KEYS and state.keys() >= {"step", "exp_avg", "exp_avg_sq"}):
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        second = state.get("exp_avg_sq")
+        if isinstance(second, Tensor) and second.shape == param.shape and survivors:
+            second.masked_fill_(grown, float(second.sum() / survivors))
         return
     count = float(state["step"])
     if count <= 1:
@@ -101,7 +104,18 @@ def _elementwise(state: dict[str, Any], param: nn.Parameter) -> list[Tensor]:
 
     Weight copies are among them on purpose: a pruned or grown weight restarts at 0 in them too.
     """
-    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape and v.ndim > 0]
+    return [
+        value
+        for value in state.values()
+        if isinstance(value, Tensor) and value.shape == param.shape and value.ndim > 0 and not _is_packed(value, param)
+    ]
+
+
+def _is_packed(value: Any, param: nn.Parameter) -> bool:
+    """True for quantised moments: bitsandbytes' codes are uint8 of the parameter's shape, torchao's a subclass."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return False
+    return type(value) is not Tensor or (value.shape == param.shape and not value.is_floating_point())
 
 
 def _group_of(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Any]:

@@ -215,9 +215,15 @@ def _check_gap(values: dict[str, Any]) -> dict[str, Any]:
     return {k: number(v) if hints.get(k) == (float | None) else v for k, v in values.items()}
 
 
+def _existing_path(at: _At) -> Any:
+    """The value, or the path below its folder if a string names one that exists."""
+    found = isinstance(at.value, str) and at.value and (at.folder / at.value).exists()
+    return str(at.folder / at.value) if found else at.value
+
+
 def _build(section: str, values: dict[str, _At], cls: type[Any]) -> Any:
     if cls is dict:
-        return {key: at.value for key, at in values.items()}
+        return {key: _existing_path(at) for key, at in values.items()}
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     out: dict[str, Any] = {}

@@ -44,6 +44,11 @@ class _GaPCallback(TrainerCallback):
     ) -> None:
         self.trainer._gap_begin()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._gap_report_start()
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -83,6 +88,7 @@ class GaPMixin(_Base):
         self.gap_config = gap_config
         self.gap: Sparsifier | None = None
         self._gap_resume: tuple[str, checkpoint.GaPState] | None = None
+        self._gap_started: Change | None = None
         if not self._gap_on:
             super().__init__(*args, **kwargs)
             return
@@ -119,6 +125,17 @@ class GaPMixin(_Base):
         return self.gap
 
     def _gap_check_setup(self) -> None:
+        # Only now: Trainer itself sets n_gpu to 1 for a model that is spread over several.
+        if self.args.n_gpu > 1:
+            raise GaPError(
+                f"DataParallel over {self.args.n_gpu} GPUs keeps short-lived replicas that no mask reaches; start the "
+                "script with `accelerate launch` or `torchrun`, or show it one GPU"
+            )
+        if hasattr(self.model, "peft_config"):
+            raise GaPError(
+                f"{type(self.model).__name__} trains adapters beside frozen weights, and merging them would fill the zeros; "
+                "train the model itself, or prune it first and keep the adapters apart"
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             found = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise GaPError(f"{found} shards weights, which this version cannot mask yet; use DDP, or a single process")
@@ -216,7 +233,7 @@ class GaPMixin(_Base):
             self.model, self._gap_on_config, total_steps=total_steps, optimizer=self.optimizer, seed=seed, plan=plan
         )
         if self._gap_resume is None:
-            self._gap_report(self.gap.start(masks=old.masks if old else None))
+            self._gap_started = self.gap.start(masks=old.masks if old else None)
             return
         path, state = self._gap_resume
         checkpoint.check_same_weights(state, self.gap, path)
@@ -228,6 +245,12 @@ class GaPMixin(_Base):
                 state.plan.total_steps,
                 plan.total_steps,
             )
+
+    def _gap_report_start(self) -> None:
+        # Not in on_train_begin, where this callback comes first: others would get a record before they have begun.
+        if self._gap_started is not None:
+            change, self._gap_started = self._gap_started, None
+            self._gap_report(change)
 
     def _gap_advance(self) -> None:
         if (change := self._gap_sparsifier.advance(self.state.global_step)) is not None:
@@ -257,7 +280,6 @@ class GaPMixin(_Base):
         """One record in the log and one line on the screen for each change."""
         record: dict[str, Any] = {
             "gap_phase": change.phase.index,
-            "gap_kind": change.phase.kind,
             "gap_sparsity": change.sparsity,
             "gap_model_sparsity": change.model_sparsity,
         }
@@ -335,11 +357,6 @@ def _check_model(model: nn.Module | None, config: GaPConfig) -> None:
 
 def _check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
     """What cannot work whatever the model is."""
-    if args.n_gpu > 1:
-        raise GaPError(
-            f"DataParallel over {args.n_gpu} GPUs keeps short-lived replicas that no mask reaches; start the script with "
-            "`accelerate launch` or `torchrun`, or show it one GPU"
-        )
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in _STEPS_IN_BACKWARD or optim.endswith("_layerwise"):
         raise GaPError(
@@ -349,4 +366,9 @@ def _check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
     if config.phase_epochs is not None and args.max_steps > 0:
         raise GaPError(
             "gap.phase_epochs: training is set by max_steps, not by epochs; expected phase_steps, or num_train_epochs"
+        )
+    if config.phase_epochs is not None and args.num_train_epochs < 1:
+        raise GaPError(
+            f"gap.phase_epochs: num_train_epochs is {args.num_train_epochs:g}, less than the one that its length is "
+            "measured by; expected phase_steps"
         )

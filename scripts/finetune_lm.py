@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from gap_hf import GaPError, GaPMixin
 from gap_hf.allocation import check_model
+from gap_hf.output import checkpoint_to_resume, remove_earlier_run
 from gap_hf.recipe import load_recipe, one_line
+from gap_hf.trainer import plan_for
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
@@ -82,7 +85,7 @@ def load_data(data: DataSection) -> tuple[Dataset, Dataset | None]:
         loaded = load_dataset(READERS[data.train.suffix], data_files=files)
         assert isinstance(loaded, DatasetDict)
         return loaded["train"], loaded.get("dev")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise GaPError(f"data.{'dataset' if data.dataset else 'train'}: could not load it: {one_line(error)}") from None
 
 
@@ -97,10 +100,22 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         raise GaPError(f"model.{key}: {one_line(error)}") from None
 
 
+def count_steps(num_examples: int, args: SFTConfig) -> int | None:
+    """Optimizer steps of the run; None where packing makes them known only after tokenizing."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if args.packing:
+        return None
+    batches = math.ceil(num_examples / (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
 def run(argv: Sequence[str]) -> None:
     if not argv:
         raise GaPError("no recipe given; expected the path of a YAML file, such as recipes/causal-lm/sft.yaml")
     recipe = load_recipe(argv[0], argv[1:], model_cls=ModelSection, data_cls=DataSection, training_cls=SFTConfig)
+    args: SFTConfig = recipe.training_arguments(SFTConfig)
+    resume = checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
     train, dev = load_data(recipe.data)
     model = load_model(recipe.model)
     try:
@@ -110,9 +125,10 @@ def run(argv: Sequence[str]) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not recipe.gap.is_off:
-        # Whatever is wrong about the targets is said before SFTTrainer tokenizes or writes anything.
+        # Whatever is wrong about targets or length is said before SFTTrainer tokenizes or writes anything.
         check_model(model, recipe.gap)
-    args: SFTConfig = recipe.training_arguments(SFTConfig)
+        if (steps := count_steps(len(train), args)) is not None:
+            plan_for(model, recipe.gap, args, total_steps=steps)
     trainer = GaPSFTTrainer(
         model=model,
         args=args,
@@ -121,7 +137,9 @@ def run(argv: Sequence[str]) -> None:
         processing_class=tokenizer,
         gap_config=recipe.gap,
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if resume is None and trainer.is_world_process_zero():
+        remove_earlier_run(Path(str(args.output_dir)))
+    result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     metrics = {**result.metrics, **(trainer.evaluate() if dev is not None else {})}
     if "eval_loss" in metrics:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,10 +40,10 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import gap_hf
 from gap_hf import GaPError, GaPSeq2SeqTrainer
+from gap_hf.output import checkpoint_to_resume, remove_earlier_run
 from gap_hf.planning import format_summary, summarize
 from gap_hf.recipe import Recipe, load_recipe, one_line
 from gap_hf.report import plot_run, results_table
@@ -114,7 +112,7 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
     data = recipe.data
     args: Seq2SeqTrainingArguments = recipe.training_arguments(Seq2SeqTrainingArguments)
     check_arguments(recipe, args)
-    resume = checkpoint_to_resume(recipe, args)
+    resume = None if plan_only else checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
     set_seed(args.seed)
 
     with args.main_process_first(desc="loading the data"):
@@ -206,40 +204,6 @@ def check_arguments(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments) -
     if not recipe.gap.is_off and recipe.gap.phase_epochs is not None and args.max_steps > 0:
         raise GaPError("gap.phase_epochs: training is set by training.max_steps; expected gap.phase_steps")
     read_reference(recipe.data.reference)
-
-
-def checkpoint_to_resume(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments) -> str | None:
-    """The checkpoint to go on from; an output folder in use is an error unless it is resumed or overwritten."""
-    wanted: Any = args.resume_from_checkpoint
-    output = Path(str(args.output_dir))
-    if output.exists() and not output.is_dir():
-        raise GaPError(f"training.output_dir: {output} is a file, expected a folder")
-    if wanted is True:
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if last is None:
-            raise GaPError(f"training.resume_from_checkpoint: found no checkpoint in {output}, expected one")
-        return last
-    if wanted:
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise GaPError(
-                f"training.resume_from_checkpoint: {wanted} is no checkpoint; expected its trainer_state.json"
-            )
-        return str(wanted)
-    if output.is_dir() and any(output.iterdir()) and not recipe.overwrite_output_dir:
-        raise GaPError(
-            f"training.output_dir: {output} is not empty; expected another folder, "
-            "--training.overwrite_output_dir=true, or --training.resume_from_checkpoint=true to go on"
-        )
-    return None
-
-
-def remove_earlier_run(output: Path) -> None:
-    """What a run writes and the next might mistake for its own: checkpoints and results. Nothing else is touched."""
-    for path in output.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file():
-            shutil.rmtree(path)
-    for name in ("results.json", "translations.txt", "plot.png"):
-        (output / name).unlink(missing_ok=True)
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataSection, split: str) -> Dataset:
@@ -370,7 +334,8 @@ def translate_file(path: Path, folder: Path, output: Path | None, *, batch_size:
     if not folder.is_dir():
         raise GaPError(f"--model: no such folder: {folder}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also cuts at U+2028 and form feeds, and then lines no longer match those of the file.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -411,7 +376,7 @@ def _translate(
                 generated = model.generate(**inputs.to(model.device))
             translated = iter(tokenizer.batch_decode(generated, skip_special_tokens=True))
         for line in batch:
-            yield next(translated).strip() if line else ""
+            yield " ".join(next(translated).split()) if line else ""
 
 
 if __name__ == "__main__":

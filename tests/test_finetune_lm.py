@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+# TRL turns gradient checkpointing on by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+
 TEXTS = [f"the {animal} number {i} sat on the mat" for i in range(20) for animal in ("cat", "dog", "cow")]
 
 
@@ -55,8 +58,6 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-# TRL turns gradient checkpointing on by its old name.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_a_sparse_language_model(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import finetune_lm
 
@@ -78,12 +79,28 @@ def test_a_sparse_language_model(recipe: Path, tmp_path: Path, capsys: pytest.Ca
         ("--training.learning_rat=1", "training.learning_rat: unknown key; did you mean 'learning_rate'?"),
         ("--data.train=none.jsonl", "data.train: no such file"),
         ("--model.tokenizer=null", "model.tokenizer: not set"),
+        ("--training.max_steps=3", "need at least 4 optimizer steps, but training has 3"),
+        ("--data.train=bad.jsonl", "data.train: could not load it"),
     ],
 )
 def test_errors(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str) -> None:
     import finetune_lm
 
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    if "jsonl" in override:
+        override = override.replace("=", f"={tmp_path}/")
     assert finetune_lm.main([str(recipe), override]) == 2
-    err = capsys.readouterr().err
-    assert expected in err and err.count("error:") == 1
+    # The datasets library shows its progress, and its own account of a bad file, before it.
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("finetune_lm.py: error: ") and expected in last
     assert not (tmp_path / "run").exists()
+
+
+def test_a_used_folder_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import finetune_lm
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("mine")
+    assert finetune_lm.main([str(recipe)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": _CORE,
     "recipe": _CORE | {"coercion"},
     "report": _CORE | {"checkpoint", "planning", "recipe"},
+    "output": _CORE | {"checkpoint"},
     "trainer": _CORE | _FILES,
     "cli": _CORE | _FILES | {"trainer"},
 }

@@ -82,6 +82,10 @@ def corrected_moments(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Te
 # --- pruning ---------------------------------------------------------------------------------------------------------
 
 
+# Their early steps are not Adam's, or their count is the group's.
+COUNT_OTHERWISE = ("schedule-free", "radam", "nadam")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ALL)
 def test_pruned_entries_are_zero_and_survivors_go_on(name: str, dtype: torch.dtype) -> None:
@@ -106,6 +110,32 @@ def test_clearing_before_the_first_step_makes_no_state(name: str) -> None:
     assert not optimizer.state.get(param)
 
 
+class Packed8Bit(Optimizer):
+    """As bitsandbytes keeps moments: uint8 codes of the parameter's shape, in which 0 is not the number 0."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            if not self.state[param]:
+                self.state[param] = {"step": 0, "state1": torch.full_like(param, 127, dtype=torch.uint8)}
+            self.state[param]["step"] += 1
+
+
+def test_codes_of_8_bit_moments_are_never_written_into() -> None:
+    param = nn.Parameter(torch.ones(SHAPE))
+    optimizer = Packed8Bit([param])
+    optimizer.step()
+    clear_pruned(optimizer, param, half_mask())
+    assert bool((optimizer.state[param]["state1"] == 127).all())
+    clear_grown(optimizer, param, half_mask())
+    assert param not in optimizer.state
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+
+
 # --- growing ---------------------------------------------------------------------------------------------------------
 
 
@@ -116,13 +146,14 @@ def test_grown_entries_have_no_moments(name: str, dtype: torch.dtype) -> None:
     mask = half_mask()
     clear_grown(optimizer, param, mask)
     for key, value in entries(optimizer, param).items():
-        if not (name == "schedule-free" and key == "exp_avg_sq"):
+        if not (name in COUNT_OTHERWISE and key == "exp_avg_sq"):
             assert not value[mask == 0].any(), key
 
 
-def test_a_schedule_free_second_moment_starts_from_the_survivors_mean() -> None:
-    """Its step count is the group's: at a count that cannot restart, 0 would make a first update far too long."""
-    param, optimizer = trained(ALL["schedule-free"])
+@pytest.mark.parametrize("name", COUNT_OTHERWISE)
+def test_where_the_count_goes_on_a_second_moment_starts_from_the_survivors_mean(name: str) -> None:
+    """At a count that cannot restart, 0 would make a first update far too long."""
+    param, optimizer = trained(ALL[name])
     mask = half_mask()
     before = optimizer.state[param]["exp_avg_sq"].clone()
     clear_grown(optimizer, param, mask)
@@ -132,7 +163,7 @@ def test_a_schedule_free_second_moment_starts_from_the_survivors_mean() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*ADAMS, "radam"])
+@pytest.mark.parametrize("name", ADAMS)
 @pytest.mark.parametrize("num_steps", [1, 2, 40])
 def test_corrected_moments_of_survivors_do_not_change(name: str, dtype: torch.dtype, num_steps: int) -> None:
     param, optimizer = trained(ALL[name], dtype=dtype, num_steps=num_steps)
@@ -145,7 +176,7 @@ def test_corrected_moments_of_survivors_do_not_change(name: str, dtype: torch.dt
         torch.testing.assert_close(value[mask == 1], before[key][mask == 1], rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("name", ["sgd-momentum", "nadam", "adagrad", "adafactor-momentum"])
+@pytest.mark.parametrize("name", ["sgd-momentum", "nadam", "radam", "adagrad", "adafactor-momentum"])
 def test_other_state_of_survivors_does_not_change(name: str) -> None:
     param, optimizer = trained(ALL[name])
     mask = half_mask()

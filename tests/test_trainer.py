@@ -514,6 +514,21 @@ def test_restart_gives_every_phase_a_whole_schedule(tmp_path: Path) -> None:
         assert rates[phase.start : phase.end] == pytest.approx(expected)
 
 
+def test_restart_takes_a_warmup_ratio_of_the_phase(tmp_path: Path) -> None:
+    config = CONFIG.replace(lr_schedule="restart", phase_steps=20, num_rounds=1)
+    trainer = gap_trainer(tmp_path, config=config, max_steps=80, learning_rate=1.0, warmup_steps=0.1)
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert [rates.index(max(rates[s : s + 20]), s) - s for s in (0, 20, 40, 60)] == [2] * 4
+
+
+def test_restart_refuses_a_decay_longer_than_a_phase(tmp_path: Path) -> None:
+    config = CONFIG.replace(lr_schedule="restart")
+    kwargs = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 9}}
+    with pytest.raises(GaPError, match="num_decay_steps is 9, but lr_schedule 'restart' has a phase of 3 steps"):
+        gap_trainer(tmp_path, config=config, **kwargs).train()
+
+
 def test_restart_needs_a_schedule_it_can_restart(tmp_path: Path) -> None:
     config = CONFIG.replace(lr_schedule="restart")
     trainer = gap_trainer(
@@ -558,6 +573,17 @@ def test_quantised_models_are_refused(tmp_path: Path) -> None:
     model = causal_lm()
     model.hf_quantizer = object()
     refused(tmp_path, "is quantised", model=model)
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    model = causal_lm()
+    model.peft_config = {}  # what PEFT's wrapper and transformers' own adapters have
+    refused(tmp_path, "trains adapters beside frozen weights", model=model)
+
+
+def test_phase_epochs_needs_a_whole_epoch(tmp_path: Path) -> None:
+    config = CONFIG.replace(num_rounds=None, phase_epochs=0.1)
+    refused(tmp_path, "num_train_epochs is 0.5", config=config, max_steps=-1, num_train_epochs=0.5)
 
 
 def test_phase_epochs_needs_epochs(tmp_path: Path) -> None:
@@ -605,6 +631,21 @@ def test_the_saved_model_loads_without_gap_hf(tmp_path: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == expected
     k = {n: w.numel - num_kept(0.9, w.numel) for n, w in trainer.gap.weights.items()}
     assert expected == k
+
+
+def test_other_callbacks_begin_before_they_log(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    class Events(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            events.append("begin")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            events.append("log")
+            assert all(isinstance(value, int | float) for value in logs.values())
+
+    gap_trainer(tmp_path, callbacks=[Events()]).train()
+    assert events[:2] == ["begin", "log"]
 
 
 def test_a_line_and_a_record_at_every_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

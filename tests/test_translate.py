@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -391,14 +392,31 @@ def test_limits_and_swapped_columns(folder: Path) -> None:
     assert sorted(loaded["train"].column_names) == ["origin", "source", "target"]
 
 
-def test_the_demo_split_is_what_its_script_makes_and_nothing_crosses() -> None:
+def within_one_word(a: str, b: str) -> bool:
+    """Word edit distance of at most 1, the plain way."""
+    x, y = (re.findall(r"\w+", text.lower()) for text in (a, b))
+    if len(x) == len(y):
+        return sum(p != q for p, q in zip(x, y, strict=True)) <= 1
+    short, long = sorted((x, y), key=len)
+    return len(long) - len(short) == 1 and any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+
+
+def test_near_texts_against_the_plain_way() -> None:
+    texts = ["", "a", "a b", "b a", "a c", "a b c", "a x c", "b c", "a b c d", "A, b-c.", "x y z", "c b a"]
+    for held_out in texts:
+        near = make_split.NearTexts([held_out])
+        assert {t for t in texts if t in near} == {t for t in texts if within_one_word(t, held_out)}, held_out
+
+
+def test_nothing_crosses_the_demo_splits() -> None:
     folder = ROOT / "data" / "demo"
     committed = {name: make_split.read(folder / f"{name}.tsv") for name in make_split.SPLITS}
-    assert {name: len(pairs) for name, pairs in committed.items()} == {"train": 6837, "dev": 187, "test": 252}
-    assert make_split.split(pair for pairs in committed.values() for pair in pairs) == committed
+    assert {name: len(pairs) for name, pairs in committed.items()} == {"train": 6513, "dev": 181, "test": 252}
     for side in (0, 1):
         keys = [{make_split.masked(pair[side]) for pair in pairs} for pairs in committed.values()]
         assert sum(map(len, keys)) == len(set.union(*keys))
+    assert make_split.far_from(committed["test"], committed["dev"]) == committed["dev"]
+    assert make_split.far_from([*committed["test"], *committed["dev"]], committed["train"]) == committed["train"]
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

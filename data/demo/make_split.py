@@ -1,9 +1,10 @@
 """Split the demo corpus into train, dev and test: `python data/demo/make_split.py SOURCE.tsv.gz`.
 
 Pairs that read the same once numbers, names and placeholders are masked, on either side, form one cluster, and
-a cluster goes to one split as a whole, by a hash of its text. So no near-copy of a test sentence is trained on,
-the split does not depend on the order of the source, and adding pairs moves none of the others unless they join
-clusters. Without SOURCE the three committed files are pooled and split again, which must not change a byte.
+a cluster goes to one split as a whole, by a hash of its text. Then every training pair that is within one word
+(added, left out or exchanged) of a dev or test sentence, on either side, is dropped; so is every dev pair that is
+so near to a test sentence. User-interface text is full of such pairs ("Break on Value Read", "Break on Value
+Change"), and a score on them would measure look-up. The split does not depend on the order of the source.
 """
 
 from __future__ import annotations
@@ -53,6 +54,32 @@ def clusters(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     return found
 
 
+def far_from(held_out: Iterable[Pair], pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs whose sides are both more than one word away from that side of every held-out pair."""
+    held_out = list(held_out)
+    near = [NearTexts(pair[side] for pair in held_out) for side in (0, 1)]
+    return [pair for pair in pairs if not any(pair[side] in near[side] for side in (0, 1))]
+
+
+class NearTexts:
+    """Tells whether a text is within one word of any of `texts`; case and punctuation do not count."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        words = {tuple(re.findall(r"\w+", text.lower())) for text in texts}
+        self.whole = words
+        self.shortened = {(i, w[:i] + w[i + 1 :]) for w in words for i in range(len(w))}
+        self.shorter = {w for _, w in self.shortened}
+
+    def __contains__(self, text: str) -> bool:
+        words = tuple(re.findall(r"\w+", text.lower()))
+        without_one = [(i, words[:i] + words[i + 1 :]) for i in range(len(words))]
+        return (
+            words in self.whole
+            or words in self.shorter
+            or any(w in self.whole or (i, w) in self.shortened for i, w in without_one)
+        )
+
+
 def split_of(key: str) -> str:
     value = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 1000
     return "test" if value < TEST_BELOW else "dev" if value < DEV_BELOW else "train"
@@ -63,6 +90,8 @@ def split(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     out: dict[str, list[Pair]] = {name: [] for name in SPLITS}
     for key, members in clusters(pairs).items():
         out[split_of(key)].extend(members)
+    out["dev"] = far_from(out["test"], out["dev"])
+    out["train"] = far_from([*out["test"], *out["dev"]], out["train"])
     for members in out.values():
         members.sort(key=lambda pair: hashlib.sha256("\t".join(pair).encode()).digest())
     return out
@@ -77,10 +106,8 @@ def read(path: Path) -> list[Pair]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", type=Path, help="TSV of English, German, source; may be gzipped")
-    source = parser.parse_args().source
-    files = [source] if source else [FOLDER / f"{name}.tsv" for name in SPLITS]
-    for name, members in split(pair for file in files for pair in read(file)).items():
+    parser.add_argument("source", type=Path, help="TSV of English, German, source; may be gzipped")
+    for name, members in split(read(parser.parse_args().source)).items():
         rows = [HEADER, *members]
         (FOLDER / f"{name}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), "utf-8", newline="\n")
         print(f"{name}: {len(members):,} pairs")
