@@ -7,10 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from gap_hf.phases import Phase
+from gap_hf.plan import Plan
+from gap_hf.sparsifier import Change
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 _SHADES = {"initial": "#F0E442", "fine-tune": "#56B4E9"}
+
+
+def describe(change: Change, plan: Plan) -> str:
+    """A change as one line for people."""
+    phase = change.phase
+    done = []
+    if phase.prune:
+        error = "" if change.pruning_error is None else f" (error {change.pruning_error:.4f}"
+        error += "" if change.mask_iou is None else f", IoU {change.mask_iou:.3f}"
+        done.append(f"pruned {_groups(phase.prune)}{error + ')' if error else ''}")
+    if phase.grow:
+        done.append(f"grew {_groups(phase.grow)}")
+    return (
+        f"step {change.step}/{plan.total_steps}, phase {phase.index + 1}/{len(plan.phases)} ({phase.kind}): "
+        f"{', '.join(done)}; sparsity {change.sparsity:.2%} of the prunable set, {change.model_sparsity:.2%} of the model"
+    )
+
+
+def _groups(groups: tuple[int, ...]) -> str:
+    return f"group{'s' if len(groups) > 1 else ''} {', '.join(str(g + 1) for g in groups)}"
 
 
 def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | None = None) -> str:

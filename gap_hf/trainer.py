@@ -24,6 +24,7 @@ from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan, make_plan
+from gap_hf.report import describe
 from gap_hf.sparsifier import Change, Sparsifier
 from gap_hf.targets import find_targets
 
@@ -318,26 +319,6 @@ def plan_for(model: nn.Module, config: GaPConfig, args: TrainingArguments, *, to
     return make_plan(
         config, num_groups=len(groups), total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed
     )
-
-
-def describe(change: Change, plan: Plan) -> str:
-    """A change as one line for people."""
-    phase = change.phase
-    done = []
-    if phase.prune:
-        error = "" if change.pruning_error is None else f" (error {change.pruning_error:.4f}"
-        error += "" if change.mask_iou is None else f", IoU {change.mask_iou:.3f}"
-        done.append(f"pruned {_groups(phase.prune)}{error + ')' if error else ''}")
-    if phase.grow:
-        done.append(f"grew {_groups(phase.grow)}")
-    return (
-        f"step {change.step}/{plan.total_steps}, phase {phase.index + 1}/{len(plan.phases)} ({phase.kind}): "
-        f"{', '.join(done)}; sparsity {change.sparsity:.2%} of the prunable set, {change.model_sparsity:.2%} of the model"
-    )
-
-
-def _groups(groups: tuple[int, ...]) -> str:
-    return f"group{'s' if len(groups) > 1 else ''} {', '.join(str(g + 1) for g in groups)}"
 
 
 def _share(gap: Sparsifier) -> str:
