@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from gap_hf.config import GaPConfig, parse_pattern
 from gap_hf.errors import GaPError
 from gap_hf.methods import get_method
 from gap_hf.partition import Group, make_partition
 from gap_hf.patterns import check_fits, erk_counts, matrix_shape, num_kept, num_units
-from gap_hf.targets import PrunableWeight, Targets, find_targets
-
-
-def check_model(model: nn.Module, config: GaPConfig) -> None:
-    """Everything that can be wrong about a model and a config before the length of training is known.
-
-    Raises:
-        GaPError: if nothing is prunable, the pattern does not divide a weight, or the groups cannot be made.
-    """
-    targets = find_targets(model, config)
-    keep_counts(targets, config)
-    make_groups(targets, config, seed=config.seed or 0)
+from gap_hf.targets import PrunableWeight, Targets
 
 
 def make_groups(targets: Targets, config: GaPConfig, *, seed: int) -> tuple[Group, ...]:
@@ -53,8 +40,11 @@ def keep_counts(targets: Targets, config: GaPConfig) -> dict[str, int]:
     for weight in targets.weights:
         check_fits(weight.name, weight.shape, weight.layout, pattern)
         units[weight.name] = num_units(weight.shape, pattern)
+    # An N:M pattern has one sparsity; an override of it is that one, but perhaps rounded (0.666667).
+    fixed = pattern.fixed_sparsity is not None
     counts = {
-        w.name: num_kept(config.target if w.override is None else w.override, units[w.name]) for w in targets.weights
+        w.name: num_kept(config.target if fixed or w.override is None else w.override, units[w.name])
+        for w in targets.weights
     }
     if config.distribution == "erk":
         free = [w for w in targets.weights if w.override is None]

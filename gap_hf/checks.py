@@ -7,19 +7,12 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.errors import GaPError, nearest
 
 
 def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in valid:
-        raise GaPError(
-            f"gap.{name}: found {value!r}, expected one of {', '.join(valid)}{_nearest_only(str(value), valid)}"
-        )
-
-
-def _nearest_only(value: str, valid: Sequence[str]) -> str:
-    hint = did_you_mean(value, valid)
-    return hint if "did you mean" in hint else ""
+        raise GaPError(f"gap.{name}: found {value!r}, expected one of {', '.join(valid)}{nearest(str(value), valid)}")
 
 
 def check_int(name: str, value: Any, *, low: int, optional: bool) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.errors import GaPError, nearest
 
 
 def number(value: Any) -> Any:
@@ -76,8 +76,8 @@ def _choice(name: str, value: Any, valid: list[Any]) -> Any:
         return "no"  # a bare `no` is false in YAML 1.1
     if value not in valid:
         shown = ", ".join(str(v) for v in valid)
-        hint = did_you_mean(str(value), [str(v) for v in valid])
-        raise GaPError(f"{name}: found {show(value)}, expected one of {shown}{hint if 'did you mean' in hint else ''}")
+        hint = nearest(str(value), [str(v) for v in valid])
+        raise GaPError(f"{name}: found {show(value)}, expected one of {shown}{hint}")
     return value
 
 

@@ -13,11 +13,16 @@ class GaPError(ValueError):
     """
 
 
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A clause such as ``"; did you mean 'sparsity'?"``, or nothing when none is near."""
+    near = difflib.get_close_matches(name, sorted(set(valid)), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A clause such as ``"; did you mean 'sparsity'?"``, or the list of valid names when none is near."""
+    """The nearest valid name as a clause, or the list of valid names when none is near."""
     names = sorted(set(valid))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean '{near[0]}'?"
+    if near := nearest(name, names):
+        return near
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"; valid names: {shown}" if names else ""

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from gap_hf.config import GaPConfig
-from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.errors import GaPError, nearest
 
 if TYPE_CHECKING:
     from gap_hf.targets import PrunableWeight, Targets
@@ -147,8 +147,8 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _nearest(glob: str, targets: Targets) -> str:
-    hint = did_you_mean(glob, {path for weight in targets.weights for path in _prefixes(weight.name)})
-    return hint if "did you mean" in hint else f"; expected a glob such as '{targets.blocks[0]}'"
+    paths = {path for weight in targets.weights for path in _prefixes(weight.name)}
+    return nearest(glob, paths) or f"; expected a glob such as '{targets.blocks[0]}'"
 
 
 def _group(targets: Targets, names: set[str]) -> Group:

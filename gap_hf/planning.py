@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -9,12 +10,25 @@ from math import prod
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from gap_hf.allocation import keep_counts, make_groups
 from gap_hf.config import GaPConfig, parse_pattern
-from gap_hf.patterns import num_kept
 from gap_hf.plan import make_plan
 from gap_hf.targets import Targets, clean_name, find_targets
+
+
+def count_batches(num_examples: int, args: TrainingArguments) -> int:
+    """Batches of an epoch on each process, for a dataset that the Trainer batches itself."""
+    together = args.train_batch_size * args.world_size
+    return num_examples // together if args.dataloader_drop_last else math.ceil(num_examples / together)
+
+
+def count_optimizer_steps(num_batches: int, args: TrainingArguments) -> tuple[int, Fraction]:
+    """Optimizer steps in all and per epoch, as the Trainer will count them."""
+    per_epoch = max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    return total, Fraction(per_epoch)
 
 
 def summarize(
@@ -37,10 +51,7 @@ def summarize(
     )
     pattern = parse_pattern(config.pattern)
     per_unit = pattern.rows * pattern.cols if pattern.kind == "block" else 1
-    live = {
-        w.name: num_kept(config.target, w.numel) if pattern.fixed_sparsity is not None else counts[w.name] * per_unit
-        for w in targets.weights
-    }
+    live = {name: count * per_unit for name, count in counts.items()}
     sizes = [group.numel for group in groups]
     densities = [sum(live[n] for n in group.names) / group.numel for group in groups]
     prunable = sum(sizes)

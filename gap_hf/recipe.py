@@ -24,7 +24,7 @@ import yaml
 
 from gap_hf.coercion import coerce, describe, number, one_line, plain, show
 from gap_hf.config import GaPConfig, load_yaml
-from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.errors import GaPError, did_you_mean, nearest
 
 M = TypeVar("M")
 D = TypeVar("D")
@@ -198,8 +198,7 @@ def _set(section: dict[str, _At], keys: list[str], value: _At, name: str) -> Non
 def _check_section(name: str) -> None:
     if name not in SECTIONS:
         known = f"expected one of {', '.join(SECTIONS)}"
-        hint = did_you_mean(name, SECTIONS)
-        raise GaPError(f"{name}: unknown section, {known}{hint if 'did you mean' in hint else ''}")
+        raise GaPError(f"{name}: unknown section, {known}{nearest(name, SECTIONS)}")
 
 
 # --- sections --------------------------------------------------------------------------------------------------------

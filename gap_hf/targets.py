@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from gap_hf.config import GaPConfig
-from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.errors import GaPError, nearest
 from gap_hf.layouts import CONVS, TRANSPOSED_CONVS, layout_of
 
 
@@ -325,8 +325,7 @@ class _Tree:
             length = entry.count(".") + 1
             paths = {re.sub(r"\b\d+\b", "*", path) for path in paths}
             paths |= {"*." + ".".join(path.split(".")[1 - length :]) for path in paths if length > 1}
-        hint = did_you_mean(entry, paths | types)
-        return hint if "did you mean" in hint else "; " + _example(self)
+        return nearest(entry, paths | types) or "; " + _example(self)
 
 
 def _example(tree: _Tree) -> str:

@@ -18,20 +18,18 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import get_last_checkpoint
 
 from gap_hf import checkpoint
-from gap_hf.allocation import check_model, make_groups
+from gap_hf.allocation import make_groups
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan, make_plan
+from gap_hf.refusals import check_arguments, check_model
 from gap_hf.report import describe
 from gap_hf.sparsifier import Change, Sparsifier
 from gap_hf.targets import find_targets
 
 logger = logging.getLogger(__name__)
-
-# These update weights inside backward(), layer by layer, before anything could mask a gradient.
-_STEPS_IN_BACKWARD = ("lomo", "adalomo")
 
 
 class _GaPCallback(TrainerCallback):
@@ -98,13 +96,13 @@ class GaPMixin(_Base):
             kwargs.get(key, args[i] if len(args) > i else None) for i, key in enumerate(("model", "args"))
         )
         if isinstance(model, nn.Module):
-            _check_model(model, self._gap_on_config)
+            check_model(model, self._gap_on_config)
         if isinstance(arguments, TrainingArguments):
-            _check_arguments(arguments, self._gap_on_config)
+            check_arguments(arguments, self._gap_on_config)
         super().__init__(*args, **kwargs)
         if not isinstance(model, nn.Module):  # a name, or model_init: known only now
-            _check_model(self.model, self._gap_on_config)
-        _check_arguments(self.args, self._gap_on_config)
+            check_model(self.model, self._gap_on_config)
+        check_arguments(self.args, self._gap_on_config)
         self._gap_check_setup()
         callback = _GaPCallback(self)
         self.add_callback(callback)
@@ -323,33 +321,3 @@ def plan_for(model: nn.Module, config: GaPConfig, args: TrainingArguments, *, to
 
 def _share(gap: Sparsifier) -> str:
     return f"the prunable set is at a sparsity of {gap.sparsity():.4f}"
-
-
-def _check_model(model: nn.Module | None, config: GaPConfig) -> None:
-    """Everything that can be wrong about a model and a config before training is known."""
-    assert model is not None
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise GaPError(
-            f"{type(model).__name__} is quantised, and its packed weights can be neither grown nor pruned; load it "
-            "without a quantization_config"
-        )
-    check_model(model, config)
-
-
-def _check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
-    """What cannot work whatever the model is."""
-    optim = str(getattr(args.optim, "value", args.optim))
-    if optim in _STEPS_IN_BACKWARD or optim.endswith("_layerwise"):
-        raise GaPError(
-            f"training.optim: '{optim}' updates weights inside backward, before their gradients can be masked; expected "
-            "one that steps after it, such as adamw_torch_fused or adafactor"
-        )
-    if config.phase_epochs is not None and args.max_steps > 0:
-        raise GaPError(
-            "gap.phase_epochs: training is set by max_steps, not by epochs; expected phase_steps, or num_train_epochs"
-        )
-    if config.phase_epochs is not None and args.num_train_epochs < 1:
-        raise GaPError(
-            f"gap.phase_epochs: num_train_epochs is {args.num_train_epochs:g}, less than the one that its length is "
-            "measured by; expected phase_steps"
-        )

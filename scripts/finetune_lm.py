@@ -23,9 +23,10 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from gap_hf import GaPError, GaPMixin
-from gap_hf.allocation import check_model
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
+from gap_hf.planning import count_batches, count_optimizer_steps
 from gap_hf.recipe import load_recipe, one_line
+from gap_hf.refusals import check_model
 from gap_hf.trainer import plan_for
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
@@ -102,12 +103,9 @@ def load_model(section: ModelSection) -> PreTrainedModel:
 
 def count_steps(num_examples: int, args: SFTConfig) -> int | None:
     """Optimizer steps of the run; None where packing makes them known only after tokenizing."""
-    if args.max_steps > 0:
-        return args.max_steps
-    if args.packing:
+    if args.packing and args.max_steps <= 0:
         return None
-    batches = math.ceil(num_examples / (args.train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    return count_optimizer_steps(count_batches(num_examples, args), args)[0]
 
 
 def run(argv: Sequence[str]) -> None:

@@ -42,9 +42,9 @@ from transformers import (
 )
 
 import gap_hf
-from gap_hf import GaPError, GaPSeq2SeqTrainer
+from gap_hf import GaPError, GaPSeq2SeqTrainer, refusals
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
-from gap_hf.planning import format_summary, summarize
+from gap_hf.planning import count_batches, count_optimizer_steps, format_summary, summarize
 from gap_hf.recipe import Recipe, load_recipe, one_line
 from gap_hf.report import plot_run, results_table
 
@@ -201,8 +201,8 @@ def check_arguments(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments) -
         raise GaPError(
             "training.auto_find_batch_size: contradicts data.max_tokens_per_batch, which sets the batches; expected one"
         )
-    if not recipe.gap.is_off and recipe.gap.phase_epochs is not None and args.max_steps > 0:
-        raise GaPError("gap.phase_epochs: training is set by training.max_steps; expected gap.phase_steps")
+    if not recipe.gap.is_off:
+        refusals.check_arguments(args, recipe.gap)
     read_reference(recipe.data.reference)
 
 
@@ -257,15 +257,8 @@ def count_steps(
     num_pairs: int, sampler: TokenBatchSampler | None, args: Seq2SeqTrainingArguments
 ) -> tuple[int, Fraction]:
     """Optimizer steps in all and per epoch, as the Trainer will count them."""
-    if sampler is not None:
-        batches = math.ceil(len(sampler) / args.world_size)
-    elif args.dataloader_drop_last:
-        batches = num_pairs // (args.train_batch_size * args.world_size)
-    else:
-        batches = math.ceil(num_pairs / (args.train_batch_size * args.world_size))
-    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return total, Fraction(per_epoch)
+    batches = count_batches(num_pairs, args) if sampler is None else math.ceil(len(sampler) / args.world_size)
+    return count_optimizer_steps(batches, args)
 
 
 def decode(predictions: Any, tokenizer: PreTrainedTokenizerBase, references: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.errors import GaPError, did_you_mean, nearest
 from gap_hf.recipe import one_line
 
 SUFFIXES = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -140,8 +140,7 @@ def _in_folder(folder: Path | None, split: str) -> Path:
 def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
-    return hint if "did you mean" in hint else ""
+    return nearest(path.name, [p.name for p in path.parent.iterdir()])
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
