@@ -11,14 +11,20 @@ from gap_hf.targets import PrunableWeight, Targets
 
 
 def make_groups(targets: Targets, config: GaPConfig, *, seed: int) -> tuple[Group, ...]:
-    """The groups that a method's plan counts: of the partition, or one per tensor."""
-    if not get_method(config.method).PER_TENSOR:
+    """The groups that a method's plan counts: of the partition, one of everything, or one per tensor."""
+    kind = get_method(config.method).GROUPS
+    if kind == "partition":
         return make_partition(targets, config, seed=seed)
     if config.partition != "balanced":
+        how = "draws single tensors in each phase" if kind == "tensor" else "changes the masks of all tensors together"
         raise GaPError(
-            f"gap.partition: method '{config.method}' draws single tensors in each phase and has no fixed groups; "
-            "leave partition out, or use method: cyclic"
+            f"gap.partition: method '{config.method}' {how} and has no fixed groups; leave partition out, or use "
+            "method: cyclic"
         )
+    if kind == "all":
+        weights = targets.weights
+        blocks = tuple(dict.fromkeys(w.block for w in weights))
+        return (Group(tuple(w.name for w in weights), blocks, sum(w.numel for w in weights)),)
     if config.num_partitions > len(targets.weights):
         raise GaPError(
             f"gap.num_partitions: found {config.num_partitions}, but the model has {len(targets.weights)} prunable "

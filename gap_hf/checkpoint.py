@@ -1,7 +1,7 @@
 """Config, masks and plan position on disk, beside a model. Safetensors and JSON only; loading is strict.
 
 `gap_config.json` says what the masks belong to; `gap_masks.safetensors` holds one bit per weight: ``mask/NAME``
-for every sparse tensor, ``previous/NAME`` for the last-prune mask of every tensor that is dense at the moment.
+for every sparse tensor, ``previous/NAME`` for the last-prune mask of every tensor that was grown since.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gap_hf.sparsifier import Sparsifier
 
 CONFIG_NAME = "gap_config.json"
 MASKS_NAME = "gap_masks.safetensors"
-VERSION = 1
+VERSION = 2  # 2: a plan has updates and levels
 # What a resume may change: it bears on how training ends, not on any mask.
 _FREE_KEYS = ("best_model_at_target", "prune_if_stopped")
 
@@ -40,6 +40,8 @@ class GaPState:
     step: int
     masks: dict[str, Tensor | None]
     previous: dict[str, Tensor]
+    levels: tuple[float, ...]
+    num_done: int
 
 
 def save(folder: str | Path, sparsifier: Sparsifier, *, step: int) -> None:
@@ -58,6 +60,8 @@ def save(folder: str | Path, sparsifier: Sparsifier, *, step: int) -> None:
         "seed": sparsifier.seed,
         "step": step,
         "at_target": sparsifier.at_target,
+        "levels": list(sparsifier.levels),
+        "updates_done": sparsifier.num_done,
         "sparsity": sparsifier.sparsity(),
         "model_sparsity": sparsifier.model_sparsity(),
         "masks_sha256": _sha256(masks_file),
@@ -118,13 +122,21 @@ def load(folder: str | Path) -> GaPState:
             previous[name] = unpack_bits(tensors.pop(f"previous/{name}"), shape, name)
     if tensors:
         raise GaPError(f"{folder / MASKS_NAME}: holds '{min(tensors)}', which {CONFIG_NAME} does not name")
+    plan = Plan.from_dict(header["plan"])
+    levels, num_done = header["levels"], header["updates_done"]
+    if len(levels) != plan.num_groups or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in levels):
+        raise GaPError(f"{folder / CONFIG_NAME}: 'levels' is {levels}, expected {plan.num_groups} numbers from 0 to 1")
+    if not 0 <= num_done <= len(plan.updates):
+        raise GaPError(f"{folder / CONFIG_NAME}: 'updates_done' is {num_done}, expected 0 to {len(plan.updates)}")
     return GaPState(
-        GaPConfig.from_dict(header["config"]),
-        Plan.from_dict(header["plan"]),
-        header["seed"],
-        header["step"],
-        masks,
-        previous,
+        config=GaPConfig.from_dict(header["config"]),
+        plan=plan,
+        seed=header["seed"],
+        step=header["step"],
+        masks=masks,
+        previous=previous,
+        levels=tuple(float(level) for level in levels),
+        num_done=num_done,
     )
 
 
@@ -167,8 +179,17 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("format") != "gap_hf":
         raise GaPError(f'{path}: not written by gap_hf; expected "format": "gap_hf"')
     if header.get("version") != VERSION:
-        raise GaPError(f"{path}: version is {header.get('version')!r}, expected {VERSION}; use a newer gap_hf")
-    types = {"config": dict, "seed": int, "step": int, "weights": list, "plan": dict, "masks_sha256": str}
+        raise GaPError(f"{path}: version is {header.get('version')!r}, expected {VERSION}, which this gap_hf writes")
+    types = {
+        "config": dict,
+        "seed": int,
+        "step": int,
+        "weights": list,
+        "plan": dict,
+        "masks_sha256": str,
+        "levels": list,
+        "updates_done": int,
+    }
     for key, kind in types.items():
         if not isinstance(header.get(key), kind):
             raise GaPError(f"{path}: '{key}' is {type(header.get(key)).__name__}, expected {kind.__name__}")

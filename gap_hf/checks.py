@@ -24,14 +24,17 @@ def check_int(name: str, value: Any, *, low: int, optional: bool) -> None:
         raise GaPError(f"gap.{name}: found {value}, expected at least {low}")
 
 
-def check_number(name: str, value: Any, low: float, high: float, *, closed_low: bool = False) -> None:
+def check_number(
+    name: str, value: Any, low: float, high: float, *, closed_low: bool = False, closed_high: bool = False
+) -> None:
     if value is None:
         return
-    bounds = f"above {low}" if high == math.inf else f"{'at least' if closed_low else 'above'} {low} and below {high}"
+    lower = f"{'at least' if closed_low else 'above'} {low}"
+    bounds = lower if high == math.inf else f"{lower} and {'at most' if closed_high else 'below'} {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise GaPError(f"gap.{name}: found {value!r}, expected a number {bounds}")
     number = float(value)
-    if not (low < number < high or (closed_low and number == low)):
+    if not (low < number < high or (closed_low and number == low) or (closed_high and number == high)):
         raise GaPError(f"gap.{name}: found {value}, expected a number {bounds}")
 
 

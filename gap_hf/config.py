@@ -32,6 +32,19 @@ LR_SCHEDULES = ("whole", "restart")
 LR_PEAKS = ("constant", "linear", "cosine", "step")
 PARTITIONS = ("balanced", "random")
 
+# How a method lays itself out over training. None means the method's own default; what it does not use is refused.
+SCHEDULE_KEYS = (
+    "num_rounds",
+    "phase_steps",
+    "phase_epochs",
+    "fine_tune_share",
+    "dense_share",
+    "ramp_share",
+    "prune_share",
+    "update_steps",
+    "drop_fraction",
+)
+
 DEFAULT_NUM_ROUNDS = 2
 DEFAULT_FINE_TUNE_SHARE = 0.25
 
@@ -94,13 +107,22 @@ class GaPConfig:
     Args:
         sparsity: Target share of zeros of the prunable weights, 0 < s < 1. May be left out where the pattern
             implies it (``2:4`` is 0.5).
-        method: ``cyclic`` (C-GaP), ``random`` (each phase draws its tensors anew), or ``dense`` (off: the
-            trainer is then Trainer, bit for bit).
+        method: ``cyclic`` (C-GaP), ``random`` (each phase draws its tensors anew), one of the baselines
+            ``static``, ``oneshot``, ``gmp``, ``set``, ``rigl``, ``acdc`` and ``mest`` (each in its file of
+            `gap_hf.methods`), or ``dense`` (off: the trainer is then Trainer, bit for bit).
         num_partitions: The paper's kappa, the number of groups the prunable weights are split into.
         num_rounds: How often every group is grown and pruned.
         phase_steps: Length of a phase in optimizer steps.
         phase_epochs: The same in epochs, fractions allowed.
-        fine_tune_share: Share of the optimizer steps left to the fine-tune, 0 < share < 1.
+        fine_tune_share: Share of the optimizer steps left to the fine-tune, 0 < share < 1: in every method
+            the last stretch, in which masks are frozen at the target.
+        dense_share: Share of the optimizer steps before the first prune, in methods that start dense.
+        ramp_share: Share of the steps before the fine-tune over which the groups that are not grown go from
+            dense to their target (0: they start at it with their first masks, as in the paper).
+        prune_share: Share of a phase, at its end, over which the grown group is pruned gradually (0: at once
+            where the phase ends, as in the paper).
+        update_steps: Optimizer steps between mask updates inside a phase.
+        drop_fraction: Share of the live weights that an update exchanges.
         distribution: How the target is spread: ``uniform`` (every tensor has it), ``global`` (each group is
             pooled under one magnitude threshold and meets it exactly), ``erk`` (Erdős–Rényi-Kernel, Evci et
             al. 2020: larger layers sparser, the whole set meets it exactly).
@@ -134,6 +156,11 @@ class GaPConfig:
     phase_steps: int | None = None
     phase_epochs: float | None = None
     fine_tune_share: float | None = None
+    dense_share: float | None = None
+    ramp_share: float | None = None
+    prune_share: float | None = None
+    update_steps: int | None = None
+    drop_fraction: float | None = None
     distribution: str = "uniform"
     pattern: str = "unstructured"
     initial_mask: str = "random"
@@ -154,11 +181,15 @@ class GaPConfig:
         for name in ("best_model_at_target", "prune_if_stopped"):
             if not isinstance(getattr(self, name), bool):
                 raise GaPError(f"gap.{name}: found {getattr(self, name)!r}, expected true or false")
-        for name in ("num_partitions", "num_rounds", "phase_steps"):
+        for name in ("num_partitions", "num_rounds", "phase_steps", "update_steps"):
             check_int(name, getattr(self, name), low=1, optional=name != "num_partitions")
         check_int("seed", self.seed, low=0, optional=True)
         check_number("phase_epochs", self.phase_epochs, 0, math.inf)
         check_number("fine_tune_share", self.fine_tune_share, 0, 1)
+        check_number("drop_fraction", self.drop_fraction, 0, 1)
+        check_number("dense_share", self.dense_share, 0, 1, closed_low=True)
+        for name in ("ramp_share", "prune_share"):
+            check_number(name, getattr(self, name), 0, 1, closed_low=True, closed_high=True)
         check_number("sparsity", self.sparsity, 0, 1)
         if not isinstance(self.pattern, str):
             raise GaPError(f"gap.pattern: found {self.pattern!r}, expected a string such as '2:4' (quoted in YAML)")

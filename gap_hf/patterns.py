@@ -77,8 +77,10 @@ def magnitude_mask(weight: Tensor, pattern: Pattern, keep: int, layout: str = "o
 
     Args:
         weight: Any float dtype and device.
-        pattern: For ``n:m`` and ``transposable`` the pattern itself fixes the count and `keep` is not used.
+        pattern: What lives or dies together.
         keep: Units to keep (weights; blocks for a block pattern, scored by the sum of their magnitudes).
+            ``n:m`` and ``transposable`` prune whole groups of weights, in each of which they keep what the pattern
+            says, and as many groups as fit: all of them at the pattern's own count, fewer above it.
         layout: How the tensor reads as outputs by inputs, see `gap_hf.targets`.
         name: Used in errors.
 
@@ -89,18 +91,26 @@ def magnitude_mask(weight: Tensor, pattern: Pattern, keep: int, layout: str = "o
         GaPError: if the weight holds NaN.
     """
     if pattern.kind == "n:m":
-        return _n_of_m_mask(weight, pattern, layout, name)
+        return _n_of_m_mask(weight, pattern, keep, layout, name)
     if pattern.kind == "transposable":
-        return _transposable_mask(weight, layout, name)
+        return _transposable_mask(weight, keep, layout, name)
     return pooled_masks([weight], pattern, keep, [layout], [name])[0]
 
 
 def pooled_masks(
-    weights: Sequence[Tensor], pattern: Pattern, keep: int, layouts: Sequence[str], names: Sequence[str]
+    weights: Sequence[Tensor],
+    pattern: Pattern,
+    keep: int,
+    layouts: Sequence[str],
+    names: Sequence[str],
+    within: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Keep the `keep` units of largest magnitude of several weights together, under one threshold.
 
     Unstructured and block patterns only. Ties go to the earlier tensor, then to the lower index.
+
+    Args:
+        within: Masks whose live units alone are looked at, so that a live weight of 0 goes before a masked one.
 
     Returns:
         One uint8 mask per weight, of its shape and device; together they keep exactly `keep` units.
@@ -109,10 +119,29 @@ def pooled_masks(
         scores = [_block_scores(w, pattern, layout) for w, layout in zip(weights, layouts, strict=True)]
     else:
         scores = [w.detach().reshape(-1) for w in weights]
-    masks = _largest(scores, keep, names)
+    if within is None:
+        masks = _largest(scores, keep, names)
+    else:
+        live = [_live_units(m, pattern, layout) for m, layout in zip(within, layouts, strict=True)]
+        found = _largest([s[units] for s, units in zip(scores, live, strict=True)], keep, names)
+        masks = [torch.zeros(len(s), dtype=torch.uint8, device=s.device) for s in scores]
+        for mask, units, kept in zip(masks, live, found, strict=True):
+            mask[units] = kept
     if pattern.kind == "block":
         return [_expand_blocks(m, w, pattern, layout) for m, w, layout in zip(masks, weights, layouts, strict=True)]
     return [m.view(w.shape) for m, w in zip(masks, weights, strict=True)]
+
+
+def live_units(mask: Tensor, pattern: Pattern, layout: str) -> int:
+    """How many units of a mask are live; of a block, one live weight is enough to count."""
+    return int(_live_units(mask, pattern, layout).numel())
+
+
+def _live_units(mask: Tensor, pattern: Pattern, layout: str) -> Tensor:
+    """Indices of the live units of a mask, in order."""
+    if pattern.kind != "block":
+        return mask.reshape(-1).nonzero().squeeze(1)
+    return _block_scores(mask.float(), pattern, layout).nonzero().squeeze(1)
 
 
 def random_mask(shape: Sequence[int], pattern: Pattern, keep: int, layout: str, generator: torch.Generator) -> Tensor:
@@ -261,7 +290,7 @@ def _expand_blocks(mask: Tensor, weight: Tensor, pattern: Pattern, layout: str) 
     return _from_matrix(full, layout, weight.shape)
 
 
-def _n_of_m_mask(weight: Tensor, pattern: Pattern, layout: str, name: str) -> Tensor:
+def _n_of_m_mask(weight: Tensor, pattern: Pattern, keep: int, layout: str, name: str) -> Tensor:
     """Of every M consecutive inputs keep the N largest; ties to the lower index by a stable sort."""
     groups = _to_matrix(weight.detach(), layout).reshape(-1, pattern.m)
     mask = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
@@ -271,7 +300,16 @@ def _n_of_m_mask(weight: Tensor, pattern: Pattern, layout: str, name: str) -> Te
         _refuse_nan(part, name)
         order = torch.sort(part.abs(), dim=1, descending=True, stable=True).indices
         mask[i : i + rows].scatter_(1, order[:, : pattern.n], 1)
+    _fill_costly_groups(mask, groups, (weight.numel() - keep) // (pattern.m - pattern.n))
     return _from_matrix(mask.view(matrix_shape(weight.shape, layout)), layout, weight.shape)
+
+
+def _fill_costly_groups(mask: Tensor, groups: Tensor, num_pruned: int) -> None:
+    """Leave only `num_pruned` groups (rows) pruned, those that lose least; make the others dense, in place."""
+    if num_pruned < groups.shape[0]:
+        losses = (groups.abs().double() * (1 - mask)).sum(dim=1)
+        dense = _largest([losses], groups.shape[0] - num_pruned, ["losses"])[0]
+        mask.masked_fill_(dense.bool().unsqueeze(1), 1)
 
 
 # All ninety 4x4 masks with two ones in every row and every column, in lexicographic order (Hubara et al. 2021).
@@ -283,7 +321,7 @@ _TRANSPOSABLE = [
 ]
 
 
-def _transposable_mask(weight: Tensor, layout: str, name: str) -> Tensor:
+def _transposable_mask(weight: Tensor, keep: int, layout: str, name: str) -> Tensor:
     """The best of the ninety masks for each 4x4 block, by kept magnitude; ties to the first of them."""
     tiles = _split_blocks(_to_matrix(weight.detach(), layout), Pattern("block", rows=4, cols=4))
     tiles = tiles.permute(0, 1, 3, 2, 4)
@@ -301,6 +339,7 @@ def _transposable_mask(weight: Tensor, layout: str, name: str) -> Tensor:
         # argmax may return any of several maxima; the first True of an equality test is always the lowest.
         best = (kept == kept.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
         mask[i : i + rows] = choices[best]
+    _fill_costly_groups(mask, flat, (weight.numel() - keep) // 8)
     batch, outputs, inputs = matrix_shape(weight.shape, layout)
     matrix = mask.view(*grid, 4, 4).permute(0, 1, 3, 2, 4).reshape(batch, outputs, inputs)
     return _from_matrix(matrix, layout, weight.shape)

@@ -16,24 +16,74 @@ from gap_hf.errors import GaPError
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with fixed masks.
-
-    When it begins, the groups in `prune` are pruned to their target and then those in `grow` are grown to
-    dense, back to back (method.md §2); `grown` are the groups that are dense while it lasts.
-    """
+    """A named stretch of training. Where masks change inside it, the plan's updates say so."""
 
     index: int
-    kind: str  # "initial", the method's name, or "fine-tune"
-    round: int  # 0 for the initial phase; the fine-tune carries the number of the last round
+    kind: str  # such as "initial" or "fine-tune"; a method names its own
+    round: int  # 0 before the first round; the fine-tune carries the number of the last round
     start: int
     end: int
-    prune: tuple[int, ...] = ()
-    grow: tuple[int, ...] = ()
-    grown: tuple[int, ...] = ()
 
     @property
     def num_steps(self) -> int:
         return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Update:
+    """A change of masks between two optimizer steps: prune, then drop, then grow.
+
+    A *level* is how far a tensor is on its way to its own target: 0 is dense, 1 the target, and a tensor of N units
+    that shall keep k keeps N - round(level * (N - k)). So one number speaks for tensors of different targets.
+
+    Attributes:
+        step: Optimizer steps done before it.
+        groups: Groups that it changes.
+        prune_to: Prune by magnitude to this level.
+        drop: Then drop this share of the live weights, the smallest first.
+        grow_to: Then grow back to this level; 0 makes the groups dense.
+        grow_by: Which weights grow, unless all: ``random``, or those of the largest ``gradient``.
+    """
+
+    step: int
+    groups: tuple[int, ...]
+    prune_to: float | None = None
+    drop: float = 0.0
+    grow_to: float | None = None
+    grow_by: str = "random"
+
+    @property
+    def level(self) -> float:
+        """The level after it."""
+        level = self.prune_to if self.grow_to is None else self.grow_to
+        assert level is not None
+        return level
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method needs to know of a run to lay itself out over it.
+
+    Attributes:
+        num_groups: Groups that its updates count.
+        total_steps: Length of training in optimizer steps.
+        steps_per_epoch: None where it is not known.
+        seed: Of whatever it draws at random.
+    """
+
+    num_groups: int
+    total_steps: int
+    steps_per_epoch: Fraction | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a method answers: its phases, the fine-tune last; its updates, in order; the levels before step 0."""
+
+    phases: tuple[Phase, ...]
+    updates: tuple[Update, ...]
+    first_levels: tuple[float, ...]
 
 
 def round_half_up(value: Fraction) -> int:

@@ -1,32 +1,50 @@
-"""The plan of a run: which group is dense when. Integers only, no torch; printable before any training."""
+"""The plan of a run: which groups are pruned and grown when. Integers and floats, no torch; printable beforehand."""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
-from gap_hf.methods import get_method
-from gap_hf.phases import Phase
+from gap_hf.methods import check_uses, get_method
+from gap_hf.phases import Phase, Run, Update
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Phases that cover the optimizer steps 0 … `total_steps` without gap or overlap; the last is the fine-tune."""
+    """Phases that cover the optimizer steps 0 … `total_steps`, the last the fine-tune, and the updates in them.
+
+    Attributes:
+        phases: Without gap or overlap.
+        updates: In order of step; those of one step are done in this order.
+        first_levels: Level of each group before step 0 (`Update` says what a level is).
+    """
 
     phases: tuple[Phase, ...]
-    num_groups: int
+    updates: tuple[Update, ...]
+    first_levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        assert self.phases and self.phases[0].start == 0
+        assert self.phases and self.phases[0].start == 0 and self.first_levels
         assert all(a.end == b.start for a, b in zip(self.phases, self.phases[1:], strict=False))
         assert all(phase.num_steps > 0 for phase in self.phases)
+        steps = [u.step for u in self.updates]
+        assert steps == sorted(steps) and all(0 < step <= self.fine_tune.start for step in steps)
+        assert all(g in range(self.num_groups) for u in self.updates for g in u.groups)
+        assert all(0 <= level <= 1 for level in (*self.first_levels, *(u.level for u in self.updates)))
+        assert all(level == 1 for level in self.levels_at(self.fine_tune.start)), "the fine-tune is at the target"
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.first_levels)
 
     @property
     def total_steps(self) -> int:
@@ -47,10 +65,39 @@ class Plan:
         phase = self.phase_at(step)
         return phase if phase.start == step else None
 
+    def levels_at(self, step: int) -> tuple[float, ...]:
+        """Level of each group in optimizer step `step`, all updates up to it done."""
+        return self._levels[bisect.bisect_right(self._times, step) - 1]
+
+    @cached_property
+    def _times(self) -> list[int]:
+        return [0, *sorted({u.step for u in self.updates})]
+
+    @cached_property
+    def _levels(self) -> list[tuple[float, ...]]:
+        """Levels from each of `_times` on."""
+        levels = list(self.first_levels)
+        out = [tuple(levels)]
+        for i, update in enumerate(self.updates):
+            for group in update.groups:
+                levels[group] = update.level
+            if i + 1 == len(self.updates) or self.updates[i + 1].step > update.step:
+                out.append(tuple(levels))
+        return out
+
+    def grown(self, phase: Phase) -> tuple[int, ...]:
+        """The groups that are dense when a phase begins."""
+        return tuple(g for g, level in enumerate(self.levels_at(phase.start)) if level == 0)
+
     def live_share(self, phase: Phase, sizes: Sequence[int], densities: Sequence[float]) -> float:
-        """Share of live prunable weights in a phase, from each group's size and its density when sparse."""
-        live = sum(n if g in phase.grown else n * densities[g] for g, n in enumerate(sizes))
-        return live / sum(sizes)
+        """Share of live prunable weights, averaged over a phase, from each group's size and its density at the target."""
+
+        def share(levels: Sequence[float]) -> float:
+            live = sum(n * (1 - level * (1 - d)) for n, level, d in zip(sizes, levels, densities, strict=True))
+            return live / sum(sizes)
+
+        times = [phase.start, *(t for t in self._times if phase.start < t < phase.end), phase.end]
+        return sum(share(self.levels_at(a)) * (b - a) for a, b in itertools.pairwise(times)) / phase.num_steps
 
     def average_live_share(self, sizes: Sequence[int], densities: Sequence[float]) -> float:
         """Live share averaged over all optimizer steps: the training density of the prunable set."""
@@ -69,20 +116,27 @@ class Plan:
                 f"max_steps: the resumed run has {total_steps} optimizer steps, but its recorded plan reaches the "
                 f"fine-tune at step {self.fine_tune.start}; expected at least {self.fine_tune.start + 1}"
             )
-        return Plan((*self.phases[:-1], dataclasses.replace(self.fine_tune, end=total_steps)), self.num_groups)
+        phases = (*self.phases[:-1], dataclasses.replace(self.fine_tune, end=total_steps))
+        return dataclasses.replace(self, phases=phases)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `from_dict` gives an equal plan."""
-        return {"num_groups": self.num_groups, "phases": [dataclasses.asdict(p) for p in self.phases]}
+        """Plain data for JSON; `from_dict` gives an equal plan. Defaults of an update are left out."""
+        return {
+            "phases": [dataclasses.asdict(p) for p in self.phases],
+            "updates": [
+                {f.name: getattr(u, f.name) for f in dataclasses.fields(u) if getattr(u, f.name) != f.default}
+                for u in self.updates
+            ],
+            "first_levels": list(self.first_levels),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Rebuild from `to_dict`'s data. Raises GaPError if it is not such data."""
         try:
-            fields: list[dict[str, Any]] = [
-                {k: tuple(v) if isinstance(v, list) else v for k, v in phase.items()} for phase in data["phases"]
-            ]
-            return cls(tuple(Phase(**values) for values in fields), int(data["num_groups"]))
+            phases = tuple(Phase(**values) for values in data["phases"])
+            updates = tuple(Update(**{**values, "groups": tuple(values["groups"])}) for values in data["updates"])
+            return cls(phases, updates, tuple(float(level) for level in data["first_levels"]))
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise GaPError(f"plan: not a recorded plan ({error!r})") from None
 
@@ -99,22 +153,21 @@ def make_plan(
 
     Args:
         config: Any method but ``dense``.
-        num_groups: Groups of the partition, or tensors for a method that draws single tensors.
+        num_groups: Groups that the method counts (`gap_hf.allocation.make_groups` makes them).
         total_steps: Length of training in optimizer steps, from `TrainingArguments`.
-        steps_per_epoch: Needed for `phase_epochs` only.
+        steps_per_epoch: Needed for `phase_epochs`, and for methods that change masks once an epoch.
         seed: Seed of a method that draws at random.
 
     Raises:
-        GaPError: if training is too short, naming the shortest that works.
+        GaPError: if training is too short, naming the shortest that works, or a key is set that the method ignores.
     """
     if config.is_off:
         raise ValueError("method 'dense' has no plan")
+    check_uses(config)
     if isinstance(steps_per_epoch, int | float):
         steps_per_epoch = Fraction(steps_per_epoch).limit_denominator(10**6)
-    phases = get_method(config.method).build_phases(
-        config, num_groups=num_groups, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed
-    )
-    return Plan(phases, num_groups)
+    schedule = get_method(config.method).build(config, Run(num_groups, total_steps, steps_per_epoch, seed))
+    return Plan(schedule.phases, schedule.updates, schedule.first_levels)
 
 
 def peak_factor(plan: Plan, phase: Phase, peaks: str) -> float:

@@ -84,7 +84,7 @@ def summarize(
                 "round": p.round,
                 "start": p.start,
                 "end": p.end,
-                "dense_groups": [g + 1 for g in p.grown],
+                "dense_groups": [g + 1 for g in plan.grown(p)],
                 "live_share": plan.live_share(p, sizes, densities),
                 "flops_of_model": flops(plan.live_share(p, sizes, densities)),
             }

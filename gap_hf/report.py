@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gap_hf.change import Change
 from gap_hf.phases import Phase
 from gap_hf.plan import Plan
-from gap_hf.sparsifier import Change
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
@@ -19,15 +19,15 @@ def describe(change: Change, plan: Plan) -> str:
     """A change as one line for people."""
     phase = change.phase
     done = []
-    if phase.prune:
+    if change.pruned:
         error = "" if change.pruning_error is None else f" (error {change.pruning_error:.4f}"
         error += "" if change.mask_iou is None else f", IoU {change.mask_iou:.3f}"
-        done.append(f"pruned {_groups(phase.prune)}{error + ')' if error else ''}")
-    if phase.grow:
-        done.append(f"grew {_groups(phase.grow)}")
+        done.append(f"pruned {_groups(change.pruned)}{error + ')' if error else ''}")
+    if change.grown:
+        done.append(f"grew {_groups(change.grown)}")
     return (
         f"step {change.step}/{plan.total_steps}, phase {phase.index + 1}/{len(plan.phases)} ({phase.kind}): "
-        f"{', '.join(done)}; sparsity {change.sparsity:.2%} of the prunable set, {change.model_sparsity:.2%} of the model"
+        f"{', '.join(done) or 'no change'}; sparsity {change.sparsity:.2%} of the prunable set, {change.model_sparsity:.2%} of the model"
     )
 
 
@@ -40,7 +40,7 @@ def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | 
 
     Args:
         results: `bleu`, `chrf`, `sparsity`, `model_sparsity`, `steps`, `seconds`, and optionally `signatures`,
-            `test_pairs` and `bleu_by_origin`.
+            `test_pairs` (or `dev_pairs`) and `bleu_by_origin`.
         reference: The same of another run, such as dense training of the same length.
     """
     rows = [["", "this run", *(["recorded", "share"] if reference else [])]]
@@ -68,19 +68,20 @@ def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | 
     lines.insert(1, "-" * len(lines[0]))
     for origin, scores in results.get("bleu_by_origin", {}).items():
         lines.append(f"  {origin}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f} ({scores['pairs']:,} pairs)")
-    if "test_pairs" in results:
-        lines.append(f"on {results['test_pairs']:,} test pairs; " + "; ".join(results.get("signatures", {}).values()))
+    for split in ("test", "dev"):
+        if (pairs := results.get(f"{split}_pairs")) is not None:
+            lines.append(f"on {pairs:,} {split} pairs; " + "; ".join(results.get("signatures", {}).values()))
     if reference and "command" in reference:
         lines.append(f"recorded: {reference['command']}")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def plot_run(log_history: Sequence[Mapping[str, Any]], phases: Sequence[Phase], path: str | Path) -> None:
+def plot_run(log_history: Sequence[Mapping[str, Any]], plan: Plan | None, path: str | Path) -> None:
     """Draw sparsity, loss and BLEU over optimizer steps, with the phases shaded; write it to `path`.
 
     Args:
         log_history: `trainer.state.log_history`. Panels for which it has no data are left out.
-        phases: `trainer.gap.plan.phases`, or empty for a dense run.
+        plan: `trainer.gap.plan`, or None for a dense run.
         path: File to write; its suffix sets the format.
     """
     from matplotlib.figure import Figure
@@ -92,6 +93,7 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], phases: Sequence[Phase], 
     panels = [
         name for name, key in (("sparsity", "gap_sparsity"), ("loss", "loss"), ("BLEU", "eval_bleu")) if series(key)[0]
     ]
+    phases = plan.phases if plan is not None else ()
     last = max([p.end for p in phases] + [int(entry.get("step", 0)) for entry in log_history] + [1])
     # A Figure of its own, not pyplot: no window, no global state.
     figure = Figure(figsize=(9, 1.2 + 2.1 * max(1, len(panels))), layout="constrained")
@@ -130,8 +132,8 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], phases: Sequence[Phase], 
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer step")
     axes[-1].set_xlim(0, last)
-    if phases:
-        _label_phases(axes[0], phases, last)
+    if plan is not None:
+        _label_phases(axes[0], plan, last)
     figure.savefig(path, dpi=130)
 
 
@@ -141,13 +143,14 @@ def _shade(axis: Any, phases: Sequence[Phase]) -> None:
         axis.axvspan(phase.start, phase.end, color=shade, alpha=0.25 if phase.kind in _SHADES else 0.9, lw=0, zorder=0)
 
 
-def _label_phases(axis: Any, phases: Sequence[Phase], last: int) -> None:
+def _label_phases(axis: Any, plan: Plan, last: int) -> None:
     """Which group is dense, above each phase; left out where phases are too narrow to write in."""
-    for phase in phases:
-        if phase.kind in _SHADES:
+    for phase in plan.phases:
+        grown = plan.grown(phase)
+        if phase.kind in _SHADES or phase.round == 0:
             text = phase.kind
-        elif len(phase.grown) == 1:
-            text = f"round {phase.round}\ndense: {phase.grown[0] + 1}"
+        elif plan.num_groups > 1 and len(grown) == 1:
+            text = f"round {phase.round}\ndense: {grown[0] + 1}"
         else:
             text = f"round {phase.round}"
         if phase.num_steps / last >= 0.06:

@@ -4,7 +4,7 @@ sparsifier = Sparsifier(model, GaPConfig(sparsity=0.9), total_steps=len(batches)
 sparsifier.start()
 for step, batch in enumerate(batches):
     loss_of(model, batch).backward()
-    sparsifier.mask_gradients()          # before clipping, so that the norm is of live gradients
+    sparsifier.mask_gradients(step)      # before clipping, so that the norm is of live gradients
     optimizer.step()
     sparsifier.mask_weights()
     optimizer.zero_grad()
@@ -13,52 +13,22 @@ for step, batch in enumerate(batches):
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gap_hf.allocation import keep_counts, make_groups
-from gap_hf.config import GaPConfig, parse_pattern
+from gap_hf.allocation import make_groups
+from gap_hf.change import Change, Tally
+from gap_hf.config import GaPConfig
 from gap_hf.masks import Masks
 from gap_hf.optimizer_state import clear_grown, clear_pruned, reset_all, unwrap, weight_copies
-from gap_hf.patterns import (
-    CHUNK,
-    magnitude_mask,
-    num_kept,
-    num_units,
-    pooled_masks,
-    random_mask,
-)
-from gap_hf.phases import Phase
+from gap_hf.phases import Update
 from gap_hf.plan import Plan, make_plan
+from gap_hf.selection import Selection
 from gap_hf.targets import PrunableWeight, clean_name, find_targets
-
-
-@dataclass(frozen=True)
-class Change:
-    """What happened where a phase began.
-
-    Attributes:
-        step: Optimizer steps done before it.
-        phase: The phase that begins.
-        sparsity: Share of zeros of the prunable set after the change.
-        model_sparsity: The same over all parameters of the model.
-        pruning_error: ``|W - m W|^2 / |W|^2`` over the weights just pruned (method.md section 8), None if none were.
-        mask_iou: Intersection over union of the new masks with those of the groups' last prune, None without one.
-    """
-
-    step: int
-    phase: Phase
-    sparsity: float
-    model_sparsity: float
-    pruning_error: float | None
-    mask_iou: float | None
 
 
 class Sparsifier:
@@ -90,7 +60,6 @@ class Sparsifier:
     ) -> None:
         self.model, self.config, self.optimizer = model, config, optimizer
         self.seed = config.seed if config.seed is not None else seed
-        self.pattern = parse_pattern(config.pattern)
         self.targets = find_targets(model, config)
         self.weights: dict[str, PrunableWeight] = {w.name: w for w in self.targets.weights}
         self.groups = make_groups(self.targets, config, seed=self.seed)
@@ -101,63 +70,79 @@ class Sparsifier:
             steps_per_epoch=steps_per_epoch,
             seed=self.seed,
         )
-        self._counts = keep_counts(self.targets, config)
         params = {clean_name(n): p for n, p in model.named_parameters()}
         self.masks = Masks({name: params[name] for name in self.weights})
+        self.selection = Selection(self.targets, config, self.masks.params, seed=self.seed)
         self.num_params = sum(p.numel() for p in model.parameters())
-        # Masks of the last prune of tensors that are dense now, only to measure how much the next one differs.
+        # Masks of the last prune of tensors that were grown since, only to measure how much the next one differs.
         self.previous: dict[str, Tensor] = {}
         self.phase = self.plan.phases[0]
+        self.levels = list(self.plan.first_levels)
+        self.num_done = 0  # updates of the plan that are done; one that needs gradients waits for the next backward
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
     def start(self, *, masks: Masks | None = None) -> Change:
-        """Give every group its first masks: the groups of phase 0 dense, the others sparse.
+        """Give every group its first masks, those of its first level: none for a group that starts dense.
 
         Args:
             masks: Those of an earlier run on the same weights; they are kept where they exist and trained dense
                 tensors are pruned by magnitude, because random masks would destroy what was learned.
         """
         self.phase = self.plan.phases[0]
-        for index, group in enumerate(self.groups):
-            if index in self.phase.grown:
-                continue
-            fresh = [n for n in group.names if masks is None or masks[n] is None]
+        self.levels, self.num_done = list(self.plan.first_levels), 0
+        earlier = {n: m for n in self.weights if masks is not None and (m := masks[n]) is not None}
+        for group, level in zip(self.groups, self.levels, strict=True):
+            fresh = [n for n in group.names if n not in earlier]
             for name in group.names:
-                if name not in fresh and masks is not None:
-                    self._set_mask(name, masks[name])
+                if name in earlier:
+                    self._set_mask(name, earlier[name])
+            if level == 0:
+                continue
             if masks is not None or self.config.initial_mask == "magnitude":
-                self._prune(fresh)
+                for name, mask in self.selection.by_magnitude(fresh, level).items():
+                    self._set_mask(name, mask)
             else:
                 for name in fresh:
-                    self._set_mask(name, self._random_mask(name))
-        for index in self.phase.grow:
-            for name in self.groups[index].names:
-                if masks is not None and masks[name] is not None:
-                    self.masks.set(name, masks[name])
+                    self._set_mask(name, self.selection.at_random(name, level))
+        for group, level in zip(self.groups, self.levels, strict=True):
+            for name in group.names if level == 0 else ():
                 self._grow(name)
-        return self._change(0, None, None)
+        grown = tuple(g for g, level in enumerate(self.levels) if level == 0)
+        return self._change(0, Tally(), begins_phase=True, grown=grown)
 
     def advance(self, step: int) -> Change | None:
-        """Prune and grow if a phase begins after `step` optimizer steps; otherwise do nothing.
+        """Do what the plan has between optimizer steps `step` - 1 and `step`: prune, grow, begin a phase.
 
-        Call it after each step with the number of steps done. Returns what changed, or None.
+        Call it after each step with the number of steps done. Updates that need gradients follow in the next
+        `mask_gradients`. Returns what changed, or None.
         """
-        phase = self.plan.begins_at(step)
-        if phase is None or step == 0:
+        if step == 0:
             return None
-        if self.config.optimizer_reset == "all" and self.optimizer is not None:
+        begins = self.plan.begins_at(step) is not None
+        self.phase = self.plan.phase_at(step)
+        if begins and self.config.optimizer_reset == "all" and self.optimizer is not None:
             reset_all(unwrap(self.optimizer))
-        self.phase = phase
-        error, iou = self._prune([name for g in phase.prune for name in self.groups[g].names])
-        for g in phase.grow:
-            for name in self.groups[g].names:
-                self._grow(name)
-        return self._change(step, error, iou)
+        tally = Tally()
+        while (update := self._due(step)) is not None and update.grow_by != "gradient":
+            self._apply(update, tally, final=begins)
+        if not begins and not tally.pruned and not tally.grown:
+            return None
+        return self._change(step, tally, begins_phase=begins)
 
-    def mask_gradients(self) -> None:
-        """Zero the gradients of masked weights. Call before clipping, on fully accumulated gradients."""
+    def mask_gradients(self, step: int | None = None) -> Change | None:
+        """Zero the gradients of masked weights. Call before clipping, on fully accumulated gradients.
+
+        Masks that change by gradient change here, before it is masked, if `step` (optimizer steps done) is given and
+        such an update is due; where a gradient is not finite it waits for the next step. Returns what changed, or None.
+        """
+        change = None
+        if step is not None and (update := self._due(step)) is not None and self._gradients_are_finite(update):
+            tally = Tally()
+            self._apply(update, tally, final=False)
+            change = self._change(step, tally, begins_phase=False)
         self.masks.apply_to_gradients()
+        return change
 
     def mask_weights(self) -> None:
         """Zero masked weights, and the optimizer's own copies of them. Call after every optimizer step."""
@@ -166,19 +151,32 @@ class Sparsifier:
             self._mask_copies()
 
     def prune_to_target(self) -> float | None:
-        """Prune whatever is dense now, for a run that ends before its fine-tune. Returns the pruning error."""
-        dense = [name for name in self.weights if self.masks[name] is None]
-        return self._prune(dense)[0]
+        """Prune whatever is not at its target, for a run that ends before its fine-tune. Returns the pruning error."""
+        tally = Tally()
+        for group, level in enumerate(self.levels):
+            if level < 1:
+                self._prune(self.groups[group].names, 1.0, tally, final=True)
+                self.levels[group] = 1.0
+        return tally.pruning_error
 
     @property
     def at_target(self) -> bool:
-        """True if every prunable tensor has its mask, as from the start of the fine-tune on."""
-        return all(self.masks[name] is not None for name in self.weights)
+        """True if every group is at its target, as from the start of the fine-tune on."""
+        return all(level == 1 for level in self.levels)
 
-    def load(self, step: int, masks: dict[str, Tensor | None], previous: dict[str, Tensor]) -> None:
-        """Continue at `step` with recorded masks (uint8, None for dense) and last-prune masks of dense tensors."""
-        assert masks.keys() == self.weights.keys()
+    def load(
+        self,
+        step: int,
+        masks: Mapping[str, Tensor | None],
+        previous: Mapping[str, Tensor],
+        *,
+        levels: Sequence[float],
+        num_done: int,
+    ) -> None:
+        """Continue at `step` with what a checkpoint recorded: masks (uint8, None for dense) and the attributes."""
+        assert masks.keys() == self.weights.keys() and len(levels) == len(self.groups)
         self.phase = self.plan.phase_at(step)
+        self.levels, self.num_done = list(levels), num_done
         for name, mask in masks.items():
             self.masks.set(name, mask)
         self.previous = {n: m.to(self.masks.params[n].device) for n, m in previous.items()}
@@ -217,7 +215,30 @@ class Sparsifier:
             "layers": layers,
         }
 
-    # --- one tensor at a time ----------------------------------------------------------------------------------------
+    # --- one update at a time ----------------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> Update | None:
+        """The next update of the plan, if it belongs before optimizer step `step`."""
+        updates = self.plan.updates
+        return updates[self.num_done] if self.num_done < len(updates) and updates[self.num_done].step <= step else None
+
+    def _apply(self, update: Update, tally: Tally, *, final: bool) -> None:
+        """Do one update. `final` prunes are compared with the last ones; those inside a phase are on their way."""
+        names = [name for g in update.groups for name in self.groups[g].names]
+        if update.prune_to is not None:
+            self._prune(names, update.prune_to, tally, final=final)
+            tally.pruned.update(update.groups)
+        if update.grow_to == 0:
+            for name in names:
+                self._grow(name)
+        elif update.grow_to is not None:
+            self._regrow(names, update, tally)
+            tally.pruned.update(update.groups if update.drop else ())
+        if update.grow_to is not None:
+            tally.grown.update(update.groups)
+        for group in update.groups:
+            self.levels[group] = update.level
+        self.num_done += 1
 
     def _grow(self, name: str) -> None:
         """Make a tensor dense. No value changes: what was pruned goes on from exactly 0."""
@@ -229,24 +250,35 @@ class Sparsifier:
         self.previous[name] = mask
         self.masks.set(name, None)
 
-    def _prune(self, names: Sequence[str]) -> tuple[float | None, float | None]:
-        """Prune dense tensors to their target, pooled where the distribution says so.
-
-        Returns the pruning error and the IoU with the tensors' last masks, None where there is nothing to measure.
-        """
-        if not names:
-            return None, None
-        before = self._norm_squared(names)
-        new = self._magnitude_masks(names)
-        dropped = 0.0
-        overlap = union = 0
+    def _prune(self, names: Sequence[str], level: float, tally: Tally, *, final: bool) -> None:
+        """Prune tensors to a level, pooled where the distribution says so."""
+        new = self.selection.by_magnitude(names, level, masks={n: self.masks[n] for n in names})
         for name in names:
-            dropped += _dropped_norm_squared(self.masks.params[name].detach(), new[name])
-            if (last := self.previous.pop(name, None)) is not None:
-                overlap += int((last & new[name]).sum())
-                union += int((last | new[name]).sum())
+            tally.drop(self.masks.params[name].detach(), new[name])
+            if final and (last := self.previous.pop(name, self.masks[name])) is not None:
+                tally.compare(last, new[name])
             self._set_mask(name, new[name])
-        return (dropped / before if before else 0.0), (overlap / union if union else None)
+
+    def _regrow(self, names: Sequence[str], update: Update, tally: Tally) -> None:
+        """Exchange weights of sparse tensors. No value changes but of those that are dropped for good."""
+        # A tensor that the loss did not reach has no gradient to choose by.
+        params = self.masks.params
+        known = [n for n in names if update.grow_by != "gradient" or params[n].grad is not None]
+        old = {n: mask for n in known if (mask := self.masks[n]) is not None}
+        new = self.selection.regrown(old, update)
+        for name, mask in new.items():
+            tally.drop(params[name].detach(), mask)
+            tally.compare(old[name], mask)
+            if self.optimizer is not None and self.config.optimizer_reset == "changed":
+                # Survivors and what grows now: everything that was masked starts from fresh moments.
+                clear_grown(unwrap(self.optimizer), params[name], old[name])
+            self._set_mask(name, mask)
+
+    def _gradients_are_finite(self, update: Update) -> bool:
+        if update.grow_by != "gradient":
+            return False  # not one for here: it is done by `advance`
+        grads = [self.masks.params[n].grad for g in update.groups for n in self.groups[g].names]
+        return all(bool(torch.isfinite(g).all()) for g in grads if g is not None)
 
     def _set_mask(self, name: str, mask: Tensor | None) -> None:
         self.masks.set(name, mask)
@@ -264,47 +296,15 @@ class Sparsifier:
             for copy in weight_copies(optimizer, param):
                 copy.mul_(mask)
 
-    def _magnitude_masks(self, names: Sequence[str]) -> dict[str, Tensor]:
-        pooled = [n for n in names if self.config.distribution == "global" and self.weights[n].override is None]
-        masks: dict[str, Tensor] = {}
-        if pooled:
-            units = sum(num_units(self.weights[n].shape, self.pattern) for n in pooled)
-            found = pooled_masks(
-                [self.masks.params[n] for n in pooled],
-                self.pattern,
-                num_kept(self.config.target, units),
-                [self.weights[n].layout for n in pooled],
-                pooled,
-            )
-            masks.update(zip(pooled, found, strict=True))
-        for name in names:
-            if name not in masks:
-                weight = self.weights[name]
-                param = self.masks.params[name].detach()
-                masks[name] = magnitude_mask(param, self.pattern, self._counts[name], weight.layout, name)
-        return masks
-
-    def _random_mask(self, name: str) -> Tensor:
-        """From (seed, name) and a generator of its own: equal on every rank, and no draw from the global one."""
-        weight = self.weights[name]
-        digest = hashlib.sha256(f"gap_hf initial mask {self.seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return random_mask(weight.shape, self.pattern, self._counts[name], weight.layout, generator)
-
-    def _norm_squared(self, names: Sequence[str]) -> float:
-        params = [self.masks.params[n].detach() for n in names]
-        return math.fsum(float(torch.linalg.vector_norm(p, dtype=_sum_dtype(p))) ** 2 for p in params)
-
-    def _change(self, step: int, error: float | None, iou: float | None) -> Change:
-        return Change(step, self.phase, self.sparsity(), self.model_sparsity(), error, iou)
-
-
-def _dropped_norm_squared(param: Tensor, mask: Tensor) -> float:
-    """|W - m W|^2, in chunks: a masked copy of the whole would double what a prune of bf16 weights needs."""
-    parts = zip(param.reshape(-1).split(CHUNK), mask.reshape(-1).split(CHUNK), strict=True)
-    norms = (torch.linalg.vector_norm(p.masked_fill(m == 1, 0), dtype=_sum_dtype(p)) for p, m in parts)
-    return math.fsum(float(norm) ** 2 for norm in norms)
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    def _change(self, step: int, tally: Tally, *, begins_phase: bool, grown: tuple[int, ...] = ()) -> Change:
+        return Change(
+            step=step,
+            phase=self.phase,
+            begins_phase=begins_phase,
+            pruned=tuple(sorted(tally.pruned)),
+            grown=grown or tuple(sorted(tally.grown)),
+            sparsity=self.sparsity(),
+            model_sparsity=self.model_sparsity(),
+            pruning_error=tally.pruning_error,
+            mask_iou=tally.mask_iou,
+        )

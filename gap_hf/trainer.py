@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gap_hf import checkpoint
 from gap_hf.allocation import make_groups
+from gap_hf.change import Change
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
@@ -26,7 +27,7 @@ from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan, make_plan
 from gap_hf.refusals import check_arguments, check_model
 from gap_hf.report import describe
-from gap_hf.sparsifier import Change, Sparsifier
+from gap_hf.sparsifier import Sparsifier
 from gap_hf.targets import find_targets
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,9 @@ class GaPMixin(_Base):
         """One micro-batch; at the last of an accumulation, gradients of masked weights are zeroed before clipping."""
         loss = super().training_step(*args, **kwargs)
         if self._gap_on and self.accelerator.sync_gradients:
-            self._gap_sparsifier.mask_gradients()
+            change = self._gap_sparsifier.mask_gradients(self.state.global_step)
+            if change is not None:
+                self._gap_report(change)
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -236,7 +239,7 @@ class GaPMixin(_Base):
             return
         path, state = self._gap_resume
         checkpoint.check_same_weights(state, self.gap, path)
-        self.gap.load(self.state.global_step, state.masks, state.previous)
+        self._gap_load(state, self.state.global_step)
         if plan.total_steps != state.plan.total_steps:
             logger.warning(
                 "The checkpoint was planned for %d optimizer steps and training now has %d: the fine-tune takes the "
@@ -244,6 +247,9 @@ class GaPMixin(_Base):
                 state.plan.total_steps,
                 plan.total_steps,
             )
+
+    def _gap_load(self, state: checkpoint.GaPState, step: int) -> None:
+        self._gap_sparsifier.load(step, state.masks, state.previous, levels=state.levels, num_done=state.num_done)
 
     def _gap_report_start(self) -> None:
         # Not in on_train_begin, where this callback comes first: others would get a record before they have begun.
@@ -260,7 +266,7 @@ class GaPMixin(_Base):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             # Trainer has just put the best checkpoint's weights back; their masks belong to them.
             state = checkpoint.load(self.state.best_model_checkpoint)
-            gap.load(state.step, state.masks, state.previous)
+            self._gap_load(state, state.step)
         if gap.at_target:
             return
         if self._gap_on_config.prune_if_stopped:
@@ -276,7 +282,7 @@ class GaPMixin(_Base):
         )
 
     def _gap_report(self, change: Change) -> None:
-        """One record in the log and one line on the screen for each change."""
+        """One record in the log for each change, and a line on the screen where a phase begins."""
         record: dict[str, Any] = {
             "gap_phase": change.phase.index,
             "gap_sparsity": change.sparsity,
@@ -288,7 +294,8 @@ class GaPMixin(_Base):
             record["gap_mask_iou"] = change.mask_iou
         # Not self.log: subclasses such as TRL's put metrics of their own, gathered since their last record, into it.
         Trainer.log(self, record)
-        self._gap_say(describe(change, self._gap_sparsifier.plan))
+        if change.begins_phase:
+            self._gap_say(describe(change, self._gap_sparsifier.plan))
 
     def _gap_say(self, text: str) -> None:
         if self.is_world_process_zero():

@@ -5,7 +5,7 @@
 
 The recipe (gap, model, data, training) says everything about a run; docs are in `gap_hf.recipe`, `ModelSection`
 and `DataSection`. The output folder holds the model, its tokenizer, the masks, the recipe as it was run,
-results.json, the translations of the test set and plot.png.
+results.json, the translations of the test set (of dev with data.score=dev) and plot.png.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from gap_hf.report import plot_run, results_table
 
 TranslationRecipe = Recipe[ModelSection, DataSection]
 RECIPE_FILE = "recipe.yaml"
+# Shares of a dense run of the same length.
+COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
 
 
 class TranslationTrainer(TokenBatches, GaPSeq2SeqTrainer):
@@ -130,12 +132,14 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
 
     sampler = make_sampler(tokens["train"], recipe, args)
     total_steps, steps_per_epoch = count_steps(len(tokens["train"]), sampler, args)
+    cost = {"average_density": 1.0, **dict.fromkeys(COSTS, 1.0)}
     if not recipe.gap.is_off:
         # Targets, pattern, partition and phases are all worked out here, for their errors.
         summary = summarize(model, recipe.gap, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=args.seed)
         if plan_only:
             print(format_summary(summary))
             return
+        cost = {name: summary[name] for name in cost}
 
     scorer = Scorer(lowercase=data.lowercase_bleu)
     references = {split: pairs[split]["target"] for split in ("dev", "test")}
@@ -173,21 +177,25 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
 
     # The test set is translated and scored here and nowhere else: no choice is ever made by it.
     trainer.compute_metrics = None
-    predictions = trainer.predict(tokens["test"])  # type: ignore[arg-type]
+    scored = data.score
+    predictions = trainer.predict(tokens[scored])  # type: ignore[arg-type]
     if trainer.is_world_process_zero():
-        translations = decode(predictions.predictions, tokenizer, references["test"])
+        translations = decode(predictions.predictions, tokenizer, references[scored])
         results = {
             "command": " ".join(["python", *sys.argv]),
-            **scorer(translations, references["test"]),
+            **scorer(translations, references[scored]),
             "signatures": scorer.signatures(),
-            "bleu_by_origin": score_by_origin(scorer, translations, pairs["test"]),
-            "test_pairs": len(translations),
+            "bleu_by_origin": score_by_origin(scorer, translations, pairs[scored]),
+            "scored": scored,
+            f"{scored}_pairs": len(translations),
             **sparsity_of(trainer, model),
             "steps": trainer.state.global_step,
             "seconds": round(train_seconds, 1),
             "dev": [entry for entry in trainer.state.log_history if "eval_bleu" in entry],
             "versions": {m.__name__: m.__version__ for m in (gap_hf, torch, transformers)},
+            "cost": cost,
             "recipe": recipe.to_dict(),
+            "sentence_statistics": scorer.sentence_statistics(translations, references[scored]),
         }
         write_outputs(output, results, translations, trainer)
         print("\n" + results_table(results, reference=read_reference(data.reference)))
@@ -307,10 +315,14 @@ def read_reference(path: Path | None) -> dict[str, Any] | None:
 
 
 def write_outputs(output: Path, results: dict[str, Any], translations: Sequence[str], trainer: Any) -> None:
-    (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # One line per sentence, where indenting would give each number its own.
+    rows = ",\n    ".join(json.dumps(row) for row in results["sentence_statistics"])
+    text = json.dumps({**results, "sentence_statistics": "…"}, indent=2, ensure_ascii=False)
+    text = text.removesuffix('"…"\n}') + f"[\n    {rows}\n  ]\n}}\n"
+    (output / "results.json").write_text(text, encoding="utf-8")
     (output / "translations.txt").write_text("".join(f"{text}\n" for text in translations), encoding="utf-8")
-    phases = trainer.gap.plan.phases if trainer.gap is not None else ()
-    plot_run(trainer.state.log_history, phases, output / "plot.png")
+    plan = trainer.gap.plan if trainer.gap is not None else None
+    plot_run(trainer.state.log_history, plan, output / "plot.png")
 
 
 # --- translating -----------------------------------------------------------------------------------------------------

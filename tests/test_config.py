@@ -26,7 +26,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"sparsity": 0}, ["gap.sparsity", "found 0", "above 0"]),
     ({"sparsity": 1.0}, ["gap.sparsity", "found 1.0", "below 1"]),
     ({"sparsity": float("nan")}, ["gap.sparsity", "found nan"]),
-    ({"method": "cylic"}, ["gap.method", "found 'cylic'", "dense, cyclic", "did you mean 'cyclic'?"]),
+    ({"method": "cylic"}, ["gap.method", "found 'cylic'", "dense, acdc, cyclic", "did you mean 'cyclic'?"]),
     ({"method": 3}, ["gap.method", "found 3", "expected one of"]),
     ({"distribution": "unifrm"}, ["gap.distribution", "did you mean 'uniform'?"]),
     ({"initial_mask": "magnitud"}, ["gap.initial_mask", "did you mean 'magnitude'?"]),

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gap_hf"
 
 # What each module may import from gap_hf. A new module needs a line here, which is where its place is decided.
 _PURE = {"errors", "config", "phases"}
-_PLAN = _PURE | {"methods", "plan"}
+_PLAN = _PURE | {"ramps", "methods", "plan"}
 _TARGETS = {"errors", "config", "targets"}
 _MASKS = {"patterns", "masks", "optimizer_state"}
-_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "sparsifier"}
+_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"}
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "checks"},
     "coercion": {"errors"},
     "phases": {"errors", "config"},
-    "methods": _PURE | {"methods"},
+    "ramps": _PURE,
+    "methods": _PURE | {"ramps", "methods"},
     "plan": _PURE | {"methods"},
     "layouts": set(),
     "targets": {"errors", "config", "layouts"},
@@ -30,7 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "patterns": _PURE,
     "masks": _PURE,
     "optimizer_state": _PURE,
-    "allocation": _CORE - {"sparsifier", "allocation"},
+    "allocation": _PLAN | _TARGETS | {"partition"} | _MASKS,
+    "change": _PURE | {"patterns"},
+    "selection": _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation"},
     "sparsifier": _CORE - {"sparsifier"},
     "checkpoint": _CORE,
     "lr": _CORE,
@@ -43,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": _CORE | _FILES | {"trainer"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
-NO_TORCH = {"errors", "checks", "config", "coercion", "phases", "methods", "plan", "partition", "recipe"}
+NO_TORCH = {"errors", "checks", "config", "coercion", "phases", "ramps", "methods", "plan", "partition", "recipe"}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
 
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from gap_hf.phases import Phase
+from gap_hf.config import GaPConfig
+from gap_hf.plan import Plan, make_plan
 from gap_hf.report import plot_run, results_table
 
 RESULTS = {"bleu": 18.0, "chrf": 45.0, "sparsity": 0.8, "model_sparsity": 0.6, "steps": 2000, "seconds": 312.4}
-PHASES = (
-    Phase(0, "initial", 0, 0, 10, grown=(0,)),
-    Phase(1, "cyclic", 1, 10, 20, grown=(1,)),
-    Phase(2, "random", 1, 20, 30, grown=(1, 3, 4)),
-    Phase(3, "fine-tune", 1, 30, 50),
-)
+PLANS = [
+    make_plan(GaPConfig(sparsity=0.8, num_partitions=2, num_rounds=1), num_groups=2, total_steps=50),
+    make_plan(GaPConfig(sparsity=0.8, method="random"), num_groups=7, total_steps=50),
+    make_plan(GaPConfig(sparsity=0.8, method="gmp"), num_groups=1, total_steps=50),
+    None,
+]
 LOG = [
     {"step": 0, "gap_sparsity": 0.5, "gap_model_sparsity": 0.4},
     {"step": 5, "loss": 3.0},
@@ -41,8 +42,8 @@ def test_the_table_alone_and_beside_a_recorded_run() -> None:
 
 
 @pytest.mark.parametrize("log", [LOG, LOG[1:2], LOG[3:4], []])
-@pytest.mark.parametrize("phases", [PHASES, ()])
-def test_a_plot_of_what_there_is(log: list[dict[str, float]], phases: tuple[Phase, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plot_of_what_there_is(log: list[dict[str, float]], plan: Plan | None, tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
-    plot_run(log, phases, path)
+    plot_run(log, plan, path)
     assert path.read_bytes().startswith(b"\x89PNG")

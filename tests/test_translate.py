@@ -18,6 +18,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from sacrebleu.metrics.bleu import BLEU
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -28,6 +29,7 @@ import translate  # noqa: E402
 from _translation.batching import TokenBatchSampler  # noqa: E402
 from _translation.data import DataSection, load_pairs  # noqa: E402
 from _translation.model import ModelSection  # noqa: E402
+from _translation.scoring import Scorer  # noqa: E402
 
 from gap_hf.recipe import load_recipe  # noqa: E402
 
@@ -136,6 +138,9 @@ def test_it_ends_with_everything_in_the_folder(finished: tuple[Path, str]) -> No
     assert set(results["bleu_by_origin"]) == {"elsewhere", "vscode-language-pack-de"}
     assert sum(scores["pairs"] for scores in results["bleu_by_origin"].values()) == results["test_pairs"] == 6
     assert all(signature.startswith("nrefs:1|") for signature in results["signatures"].values())
+    assert results["scored"] == "test" and "dev_pairs" not in results
+    assert np.shape(results["sentence_statistics"]) == (6, 10)
+    assert 0.2 < results["cost"]["average_density"] < 1
     assert [entry["step"] for entry in results["dev"]] == [8, 16]
     assert len((output / "translations.txt").read_text().splitlines()) == 6
     assert (output / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -237,6 +242,30 @@ def test_a_used_folder_is_neither_overwritten_nor_resumed_unasked(
     assert not old.exists()
     assert (run / "mine.txt").exists()
     assert json.loads((run / "results.json").read_text())["sparsity"] == 0
+
+
+def test_scored_on_dev_the_test_set_is_not_translated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = ["--gap.method=dense", "--training.max_steps=4", "--training.save_strategy=no"]
+    assert translate.main([str(write_recipe(folder)), "--data.score=dev", *dense]) == 0
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["scored"] == "dev" and results["dev_pairs"] == 4 and "test_pairs" not in results
+    assert results["cost"]["training_flops_of_model"] == 1
+    assert len((folder / "run" / "translations.txt").read_text().splitlines()) == 4
+    assert len(results["sentence_statistics"]) == 4
+    assert "on 4 dev pairs" in capsys.readouterr().out
+
+
+def test_sentence_statistics_add_up_to_corpus_bleu(caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["Das ist ein Test.", "", "Öffnen Sie die Datei, bitte.", "Ja"]
+    references = ["Das ist kein Test.", "Leer", "öffnen Sie die Datei.", "Ja"]
+    for lowercase in (False, True):
+        statistics = Scorer(lowercase=lowercase).sentence_statistics(texts, references)
+        assert statistics[1] == [0] * 9 + [1]
+        *counts, sys_len, ref_len = np.sum(statistics, axis=0).tolist()
+        whole = BLEU(lowercase=lowercase).corpus_score(texts, [references])
+        assert (counts[:4], counts[4:]) == (whole.counts, whole.totals)
+        assert (sys_len, ref_len) == (whole.sys_len, whole.ref_len)
+    assert not caplog.records
 
 
 # --- token batches ---------------------------------------------------------------------------------------------------
@@ -490,6 +519,7 @@ BAD: list[tuple[str, Sequence[str], str]] = [
     ("contradiction", ["--gap.phase_epochs=1", "--gap.num_rounds=null"], "expected gap.phase_steps"),
     ("contradiction", ["--model.config.d_model=15"], "model.config"),
     ("contradiction", ["--gap.num_partitions=3"], "num_partitions"),
+    ("unknown choice", ["--data.score=tset"], "did you mean 'test'?"),
     ("glob without a match", ["--gap.include=[model.encodr.*]"], "model.encod"),
     ("glob without a match", ["--gap.overrides.*.layers.7.*=0.5"], "layers.7"),
     ("glob without a match", ["--gap.partition=[[model.encoder.*], [model.decodr.*]]"], "decod"),

@@ -1,9 +1,11 @@
-"""One file per method. A method says when each group is pruned and grown; adding one means adding a file.
+"""One file per method. A method says when which groups are pruned and grown; adding one means adding a file.
 
 A method module has:
 
-- ``PER_TENSOR``: True if its groups are single tensors, False if they are the partition's groups;
-- ``build_phases(config, *, num_groups, total_steps, steps_per_epoch, seed)``: its phases, the fine-tune last.
+- ``GROUPS``: what its updates count: ``"partition"`` (the groups of the partition), ``"tensor"`` (each tensor by
+  itself) or ``"all"`` (one group of everything);
+- ``USES``: the keys of `SCHEDULE_KEYS` that it follows; a config that sets another is refused;
+- ``build(config, run)``: its `Schedule` over the steps of a run, the fine-tune last.
 
 `gap_hf.config.METHODS` lists the files of this folder, so a new one needs no registration.
 """
@@ -11,29 +13,38 @@ A method module has:
 from __future__ import annotations
 
 import importlib
-from fractions import Fraction
+from collections.abc import Set
 from typing import Protocol, cast
 
-from gap_hf.config import GaPConfig
-from gap_hf.phases import Phase
+from gap_hf.config import SCHEDULE_KEYS, GaPConfig
+from gap_hf.errors import GaPError
+from gap_hf.phases import Run, Schedule
 
 
 class Method(Protocol):
     """What a module of this folder provides."""
 
-    PER_TENSOR: bool
+    GROUPS: str
+    USES: Set[str]
 
-    def build_phases(
-        self,
-        config: GaPConfig,
-        *,
-        num_groups: int,
-        total_steps: int,
-        steps_per_epoch: Fraction | None,
-        seed: int,
-    ) -> tuple[Phase, ...]: ...
+    def build(self, config: GaPConfig, run: Run) -> Schedule: ...
 
 
 def get_method(name: str) -> Method:
     """The module of a method by its name in `GaPConfig.method` (already validated there)."""
     return cast(Method, importlib.import_module(f"gap_hf.methods.{name}"))
+
+
+def check_uses(config: GaPConfig) -> None:
+    """Refuse a config that sets what its method does not follow.
+
+    Raises:
+        GaPError: naming the key and what the method does follow.
+    """
+    uses = get_method(config.method).USES
+    for key in SCHEDULE_KEYS:
+        if getattr(config, key) is not None and key not in uses:
+            raise GaPError(
+                f"gap.{key}: found {getattr(config, key)!r}, but method '{config.method}' does not use it; expected it "
+                f"left out (the method uses {', '.join(sorted(uses)) or 'no schedule keys'})"
+            )

@@ -15,6 +15,7 @@ from gap_hf.errors import GaPError, did_you_mean, nearest
 from gap_hf.recipe import one_line
 
 SUFFIXES = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SCORED = ("test", "dev")
 FILE_NAMES = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("test",)}
 
 
@@ -37,6 +38,8 @@ class DataSection:
         max_train_samples, max_eval_samples: Use only so many; dev is the one that is scored during training.
         eval_num_beams: Beams of the evaluations during training; the test set has `training.generation_num_beams`.
         lowercase_bleu: Score without case (the authors of GaP do).
+        score: Which split is translated with all beams and scored at the end: ``test``, or ``dev`` while settings are
+            being chosen; the test set is then not translated at all.
         reference: `results.json` of a run to show beside this one, such as the dense one.
         num_workers: Processes that tokenize.
     """
@@ -61,6 +64,7 @@ class DataSection:
     max_eval_samples: int | None = None
     eval_num_beams: int = 1
     lowercase_bleu: bool = False
+    score: str = "test"
     reference: Path | None = None
     num_workers: int | None = None
 
@@ -80,6 +84,9 @@ class DataSection:
             raise GaPError(
                 f"data.origin: found '{self.origin}', a language's column; expected one that says where a pair is from"
             )
+        if self.score not in SCORED:
+            hint = nearest(self.score, SCORED)
+            raise GaPError(f"data.score: found '{self.score}', expected one of {', '.join(SCORED)}{hint}")
         for name in (
             "max_length",
             "max_tokens_per_batch",

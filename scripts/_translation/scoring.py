@@ -55,6 +55,15 @@ class Scorer:
             out[name] = str(metric.get_signature())
         return out
 
+    def sentence_statistics(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[list[int]]:
+        """sacreBLEU's sufficient statistics of each sentence: n-grams that match (orders 1 to 4), n-grams of the
+        translation (orders 1 to 4), its length, the reference's length. Corpus BLEU is a function of their sums.
+        """
+        # The effective order changes a sentence's score, which is not used, and not its counts.
+        metric = sacrebleu.BLEU(lowercase=self.lowercase, effective_order=True)
+        scores = (metric.sentence_score(text, [ref]) for text, ref in zip(hypotheses, references, strict=True))
+        return [[int(n) for n in (*s.counts, *s.totals, s.sys_len, s.ref_len)] for s in scores]
+
     def _sacrebleu(self) -> dict[str, Any]:
         return {"bleu": sacrebleu.BLEU(lowercase=self.lowercase), "chrf": sacrebleu.CHRF()}
 

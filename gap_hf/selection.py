@@ -1,0 +1,147 @@
+"""Which weights of a model live at a level: counts, pools, structure, and what a drop and regrowth leaves.
+
+Between the patterns, which know one tensor or one pool, and the sparsifier, which knows the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from gap_hf.allocation import keep_counts
+from gap_hf.config import GaPConfig, Pattern, parse_pattern
+from gap_hf.patterns import live_units, magnitude_mask, num_kept, num_units, pooled_masks, random_mask
+from gap_hf.phases import Update, round_half_up
+from gap_hf.targets import Targets
+
+# A survivor's score in a regrowth, where what may grow has at most 1. More than the 8 that a 4x4 tile can gain by
+# growing, so that no choice of a transposable mask trades a survivor away.
+_SURVIVOR = 16.0
+
+
+class Selection:
+    """Masks for the prunable weights of a model, all of the config's pattern, distribution and target.
+
+    Args:
+        targets: The prunable weights.
+        config: Pattern, distribution, target and overrides.
+        params: The parameter of each prunable weight by name; read, never changed.
+        seed: Of random masks.
+
+    Raises:
+        GaPError: if the pattern does not divide a weight.
+    """
+
+    def __init__(self, targets: Targets, config: GaPConfig, params: Mapping[str, nn.Parameter], *, seed: int) -> None:
+        self.config, self.params, self.seed = config, params, seed
+        self.pattern = parse_pattern(config.pattern)
+        self.weights = {w.name: w for w in targets.weights}
+        self._counts = keep_counts(targets, config)
+
+    def by_magnitude(
+        self, names: Sequence[str], level: float = 1.0, *, masks: Mapping[str, Tensor | None] | None = None
+    ) -> dict[str, Tensor]:
+        """Masks that keep the largest weights at a level, pooled where the distribution says so.
+
+        Args:
+            masks: Masks in force, None for a dense tensor. Live weights are kept before masked ones, even those of 0.
+        """
+        values = {n: self.params[n].detach() for n in names}
+        out: dict[str, Tensor] = {}
+        for pool in self._pools(names):
+            keep = self._keep(pool, level)
+            within = [m for n in pool if masks is not None and (m := masks[n]) is not None]
+            # Random first masks of a pool may together be a few weights short of what the pool keeps.
+            whole = len(within) < len(pool) or self._live(pool, within, self.pattern) < keep
+            out.update(self._largest(values, pool, keep, self.pattern, None if whole else within))
+        return out
+
+    def at_random(self, name: str, level: float = 1.0, *, draw: str = "initial mask") -> Tensor:
+        """From (seed, draw, name) and a generator of its own: equal on every rank, and no draw from the global one."""
+        weight = self.weights[name]
+        keep = self._keep([name], level)
+        return random_mask(weight.shape, self.pattern, keep, weight.layout, self._generator(name, draw))
+
+    def regrown(self, masks: Mapping[str, Tensor], update: Update) -> dict[str, Tensor]:
+        """New masks after the drop and the growth of an update.
+
+        What was dropped may grow again, and then it has lost nothing. Structure is kept: a block grows whole, and in
+        a group of an N:M pattern as many weights grow as the drop has taken from it.
+
+        Args:
+            masks: Of every tensor of the update; all sparse.
+            update: Its `grow_by` ``gradient`` reads ``param.grad``, which has to be there and finite.
+        """
+        assert update.grow_to is not None
+        names = list(masks)
+        survivors = self._dropped(masks, update.drop) if update.drop else dict(masks)
+        out: dict[str, Tensor] = {}
+        for pool in self._pools(names):
+            scores = {n: self._growth_scores(n, update) for n in pool}
+            largest = max(float(s.max()) for s in scores.values())
+            for name, score in scores.items():
+                score.div_(largest or 1.0).masked_fill_(survivors[name] == 1, _SURVIVOR)
+            out.update(self._largest(scores, pool, self._keep(pool, update.grow_to), self.pattern))
+        return out
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _pools(self, names: Sequence[str]) -> list[list[str]]:
+        """What shares one threshold: everything without an override under ``global``, else each tensor alone."""
+        pooled = [n for n in names if self._is_pooled(n)]
+        return ([pooled] if pooled else []) + [[n] for n in names if not self._is_pooled(n)]
+
+    def _keep(self, pool: Sequence[str], level: float) -> int:
+        """Units that a pool keeps at a level: N - round(level * (N - k))."""
+        units = sum(num_units(self.weights[n].shape, self.pattern) for n in pool)
+        kept = num_kept(self.config.target, units) if self._is_pooled(pool[0]) else self._counts[pool[0]]
+        return units - round_half_up(Fraction(str(level)) * (units - kept))
+
+    def _is_pooled(self, name: str) -> bool:
+        return self.config.distribution == "global" and self.weights[name].override is None
+
+    def _largest(
+        self,
+        values: Mapping[str, Tensor],
+        pool: Sequence[str],
+        keep: int,
+        pattern: Pattern,
+        within: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        if pattern.kind in ("n:m", "transposable"):
+            (name,) = pool
+            return {name: magnitude_mask(values[name], pattern, keep, self.weights[name].layout, name)}
+        layouts = [self.weights[n].layout for n in pool]
+        found = pooled_masks([values[n] for n in pool], pattern, keep, layouts, pool, within)
+        return dict(zip(pool, found, strict=True))
+
+    def _live(self, pool: Sequence[str], masks: Sequence[Tensor], pattern: Pattern) -> int:
+        return sum(live_units(m, pattern, self.weights[n].layout) for n, m in zip(pool, masks, strict=True))
+
+    def _dropped(self, masks: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """The masks without the smallest `share` of their live units, which are weights unless blocks are."""
+        pattern = self.pattern if self.pattern.kind == "block" else Pattern("unstructured")
+        values = {n: self.params[n].detach() for n in masks}
+        out: dict[str, Tensor] = {}
+        for pool in self._pools(list(masks)):
+            within = [masks[n] for n in pool]
+            live = self._live(pool, within, pattern)
+            keep = live - round_half_up(Fraction(str(share)) * live)
+            out.update(self._largest(values, pool, keep, pattern, within))
+        return out
+
+    def _growth_scores(self, name: str, update: Update) -> Tensor:
+        param = self.params[name]
+        if update.grow_by == "gradient":
+            assert param.grad is not None, name
+            return param.grad.detach().abs().float()
+        draw = torch.rand(tuple(param.shape), generator=self._generator(name, f"growth at step {update.step}"))
+        return draw.to(param.device)
+
+    def _generator(self, name: str, draw: str) -> torch.Generator:
+        digest = hashlib.sha256(f"gap_hf {draw} {self.seed} {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
