@@ -243,3 +243,18 @@ def cyclic_gap(
     amend()
     train(fine_tune_length)
     return history
+
+
+def dropped(values: Sequence[float], mask: Sequence[int], share: Fraction) -> list[int]:
+    """The mask without the smallest `share` of its live weights, to the nearest; of equal ones the last goes first."""
+    live = [i for i, m in enumerate(mask) if m]
+    num_dropped = exact_keep(1 - share, len(live))
+    goes = sorted(live, key=lambda i: (abs(float(values[i])), -i))[:num_dropped]
+    return [int(m and i not in goes) for i, m in enumerate(mask)]
+
+
+def grown(mask: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
+    """The mask with what it lacks to `keep` weights grown, the largest scores first; ties to the lowest index."""
+    order = sorted((i for i, m in enumerate(mask) if not m), key=lambda i: (-abs(float(scores[i])), i))
+    grows = set(order[: keep - sum(mask)])
+    return [int(bool(m) or i in grows) for i, m in enumerate(mask)]
