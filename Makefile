@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
 .PHONY: demo demo-dense test test-lowest lint bench-overhead clean
+.PHONY: bench-quality-tiny bench-quality-small bench-quality-gpu quality-report
 
 demo: $(VENV)/.demo  ## train a sparse English-German translator from nothing
 	$(BIN)/accelerate launch --num_processes 1 scripts/translate.py recipes/translation/demo.yaml $(DEMO_ARGS)
@@ -25,6 +26,26 @@ lint: $(VENV)/.dev
 
 bench-overhead: $(VENV)/.bench  ## cost of a GaPTrainer step against Trainer's: paired, interleaved
 	$(BIN)/python benchmarks/overhead.py
+
+QUALITY := $(BIN)/python benchmarks/quality
+QUALITY_DATA := benchmarks/quality/data/small/train.tsv
+QUALITY_ARGS ?=
+TIER ?= tiny
+
+bench-quality-tiny: $(VENV)/.bench  ## every method on the demo's model: hours of two CPU cores; the same call goes on
+	$(QUALITY)/run.py benchmarks/quality/tiers/tiny.yaml $(QUALITY_ARGS)
+
+bench-quality-small: $(VENV)/.bench $(QUALITY_DATA)  ## fewer methods on a larger model and corpus
+	$(QUALITY)/run.py benchmarks/quality/tiers/small.yaml $(QUALITY_ARGS)
+
+bench-quality-gpu: $(VENV)/.bench $(QUALITY_DATA)  ## transformer-base on one GPU
+	$(QUALITY)/run.py benchmarks/quality/tiers/gpu.yaml $(QUALITY_ARGS)
+
+quality-report: $(VENV)/.bench  ## tables and plots of a tier in docs/quality: make quality-report TIER=small
+	$(QUALITY)/report.py benchmarks/quality/tiers/$(TIER).yaml
+
+$(QUALITY_DATA): | $(VENV)/.bench
+	$(BIN)/python benchmarks/quality/build_small.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

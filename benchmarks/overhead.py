@@ -1,13 +1,14 @@
-"""What a step of GaPTrainer costs against Trainer's, on the demo: paired, interleaved, in one process.
+"""What a step of GaPTrainer costs against Trainer's, for every method, on the demo: interleaved, in one process.
 
-    make bench-overhead          # or: python benchmarks/overhead.py --pairs 300
+    make bench-overhead          # or: python benchmarks/overhead.py --rounds 300 --methods cyclic rigl
 
-Two runs of the demo's recipe, one with GaP and one without, take turns step by step (greenlets, so that both have the
-same threads and caches), on the same batches. A turn is one whole trip round Trainer's loop: data, forward, backward,
-clipping, update, callbacks, logging. Which of the two goes first alternates.
+The demo's recipe without GaP and with each method take turns step by step (greenlets, so that all have the same threads
+and caches), on the same batches. A turn is one whole trip round Trainer's loop: data, forward, backward, clipping,
+update, callbacks, logging. The order within a round moves on from round to round.
 
-Printed: the median of the paired ratios with a 95 % bootstrap interval, the cost of the mask changes of the whole demo
-spread over its steps, and their sum. The upper end of that sum is what counts.
+For each method: the median ratio to the dense step of the same round with a 95 % bootstrap interval, over the steps at
+which no mask changes; the cost of the mask changes that the method makes over the whole demo, spread over its steps; and
+their sum. The upper end of that sum is what counts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,10 @@ from _translation.data import DataSection, load_pairs  # noqa: E402
 from _translation.model import ModelSection, load_model, load_tokenizer  # noqa: E402
 from transformers import DataCollatorForSeq2Seq  # noqa: E402
 
+from gap_hf.config import METHODS, GaPConfig  # noqa: E402
+from gap_hf.plan import make_plan  # noqa: E402
 from gap_hf.recipe import load_recipe  # noqa: E402
+from gap_hf.sparsifier import Sparsifier  # noqa: E402
 
 WARM_UP = 10
 
@@ -51,49 +56,57 @@ class Turns(TrainerCallback):
         hub.switch()
 
 
+# Keys of a method whose own defaults would not change masks often enough in a run of a few hundred steps.
+SQUEEZED: dict[str, dict[str, Any]] = {
+    "rigl": {"update_steps": 10},
+    "set": {"update_steps": 10},
+    "mest": {"update_steps": 10},
+    "acdc": {"num_rounds": 4},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/translation/demo.yaml")
-    parser.add_argument("--pairs", type=int, default=300, help="counted pairs of steps")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/translation/demo-dense.yaml")
+    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != "dense"], choices=METHODS[1:])
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--rounds", type=int, default=200, help="counted steps of each run")
     parser.add_argument("--threads", type=int, default=1, help="as the demo has them: accelerate launch sets one")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/overhead.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
+    configs = {m: GaPConfig(method=m, sparsity=args.sparsity) for m in args.methods}
     with tempfile.TemporaryDirectory() as folder:
         quiet = [f"--training.output_dir={folder}", "--training.eval_strategy=no", "--training.save_strategy=no"]
         quiet += ["--training.disable_tqdm=true", "--training.load_best_model_at_end=false"]
-        make, demo_steps = trainer_maker(args.recipe, quiet)
-        # The demo's own schedule squeezed into the pairs, so that every kind of mask change is met and timed.
-        total = args.pairs + WARM_UP
-        dense, gap = make(False, total), make(True, total)
+        make, demo_steps, num_batches = trainer_maker(args.recipe, quiet)
+        total = args.rounds + WARM_UP
+        # Each method's schedule squeezed into the rounds, so that every kind of mask change is met and timed.
+        trainers = [make(None, total)]
+        trainers += [make(config.replace(**SQUEEZED.get(m, {})), total) for m, config in configs.items()]
         spent = instrument()
-        pairs, change_steps = run_in_turns(dense, gap, total)
-        gap_plan = gap.gap.plan
+        seconds = run_in_turns(trainers, total)
 
-    used = [i for i in range(WARM_UP, len(pairs)) if i not in change_steps]
-    dense_s, gap_s = (np.array([pairs[i][side] for i in used]) for side in (0, 1))
-    ratios = gap_s / dense_s
-    rng = np.random.default_rng(0)
-    resampled = np.median(rng.choice(ratios, size=(4000, len(ratios))), axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    # advance() is called after every step; its calls beyond the median one are the changes themselves.
-    changes = sorted(spent["advance"])[-len(gap_plan.phases) + 1 :]
-    per_change = float(np.median(changes))
-    change_share = per_change * len(gap_plan.phases) / (demo_steps * float(np.median(dense_s)))
+    dense = seconds[:, 0]
+    methods = {}
+    for i, (method, config) in enumerate(configs.items(), start=1):
+        gap = trainers[i].gap
+        changed = {u.step + shift for u in gap.plan.updates for shift in (-1, 0)} | {
+            p.start - 1 for p in gap.plan.phases
+        }
+        used = [step for step in range(WARM_UP, total - 1) if step not in changed]
+        plan = make_plan(
+            config, num_groups=len(gap.groups), total_steps=demo_steps, steps_per_epoch=Fraction(num_batches)
+        )
+        updates = spent[id(gap)].pop("_apply", [])
+        methods[method] = figures(seconds[used, i] / dense[used], updates, len(plan.updates), demo_steps, dense[used])
+        methods[method]["where_ms"] = {name: 1e3 * float(np.median(times)) for name, times in spent[id(gap)].items()}
     result = {
-        "pairs": len(used),
-        "trainer_ms": 1e3 * float(np.median(dense_s)),
-        "gap_trainer_ms": 1e3 * float(np.median(gap_s)),
-        "median_ratio": float(np.median(ratios)),
-        "interval_95": [float(low), float(high)],
-        "mask_change_ms": 1e3 * per_change,
-        "mask_changes_in_demo": len(gap_plan.phases),
+        "sparsity": args.sparsity,
         "demo_steps": demo_steps,
-        "mask_changes_share": change_share,
-        "total_ratio": float(np.median(ratios)) + change_share,
-        "total_upper_95": float(high) + change_share,
-        "where_ms": {name: 1e3 * float(np.median(times)) for name, times in spent.items()},
+        "trainer_ms": 1e3 * float(np.median(dense)),
+        "methods": methods,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -103,8 +116,29 @@ def main() -> None:
     print_table(result)
 
 
-def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[bool, int], Any], int]:
-    """A function (with GaP?, steps) -> trainer on the demo's model and data, and the demo's number of steps."""
+def figures(
+    ratios: np.ndarray, updates: list[float], num_updates: int, demo_steps: int, dense: np.ndarray
+) -> dict[str, Any]:
+    """Of one method: ratios of steps without a change, and seconds of each update that was timed."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, size=(4000, len(ratios))), axis=1)
+    low, high = (float(x) for x in np.percentile(medians, [2.5, 97.5]))
+    per_update = float(np.mean(updates)) if updates else 0.0
+    share = per_update * num_updates / (demo_steps * float(np.median(dense)))
+    return {
+        "steps": len(ratios),
+        "median_ratio": float(np.median(ratios)),
+        "interval_95": [low, high],
+        "update_ms": 1e3 * per_update,
+        "updates_in_demo": num_updates,
+        "updates_share": share,
+        "total_ratio": float(np.median(ratios)) + share,
+        "total_upper_95": high + share,
+    }
+
+
+def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[GaPConfig | None, int], Any], int, int]:
+    """A function (config, steps) -> trainer on the demo's model and data; the demo's steps, and those of an epoch."""
     recipe = load_recipe(recipe_path, quiet, model_cls=ModelSection, data_cls=DataSection)
     arguments = Seq2SeqTrainingArguments(**recipe.training)
     pairs = load_pairs(recipe.data)
@@ -113,9 +147,10 @@ def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[bool, 
         recipe.model, texts, max_length=recipe.data.max_length, broadcast=lambda objects: objects
     )
     train = translate.tokenize(pairs["train"], tokenizer, recipe.data, "train")
-    demo_steps, _ = translate.count_steps(len(train), translate.make_sampler(train, recipe, arguments), arguments)
+    sampler = translate.make_sampler(train, recipe, arguments)
+    demo_steps, per_epoch = translate.count_steps(len(train), sampler, arguments)
 
-    def make(with_gap: bool, steps: int) -> Any:
+    def make(config: GaPConfig | None, steps: int) -> Any:
         set_seed(arguments.seed)
         model = load_model(recipe.model, tokenizer, max_length=recipe.data.max_length)
         trainer = translate.TranslationTrainer(
@@ -124,7 +159,7 @@ def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[bool, 
             train_dataset=train,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
             processing_class=tokenizer,
-            gap_config=recipe.gap if with_gap else None,
+            gap_config=config,
             callbacks=[Turns()],
         )
         sampler = translate.make_sampler(train, recipe, arguments)
@@ -132,62 +167,57 @@ def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[bool, 
             trainer.use_token_batches(sampler)
         return trainer
 
-    return make, demo_steps
+    return make, demo_steps, int(per_epoch)
 
 
-def run_in_turns(dense: Any, gap: Any, total: int) -> tuple[list[tuple[float, float]], set[int]]:
-    """Seconds of each step of both, and the steps at whose end masks changed."""
-    runs = [greenlet.greenlet(t.train) for t in (dense, gap)]
+def run_in_turns(trainers: list[Any], total: int) -> np.ndarray:
+    """Seconds of each step (rows) of each trainer (columns)."""
+    runs = [greenlet.greenlet(t.train) for t in trainers]
     for run in runs:
         run.switch()  # up to the start of the first step
-    pairs = []
-    for i in range(total):
-        seconds = [0.0, 0.0]
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
+    seconds = np.zeros((total, len(runs)))
+    for step in range(total):
+        for turn in range(len(runs)):
+            i = (step + turn) % len(runs)
             begin = time.perf_counter()
-            runs[side].switch()
-            seconds[side] = time.perf_counter() - begin
-        pairs.append((seconds[0], seconds[1]))
-    # The last turn also contains the end of training, in both.
-    return pairs[:-1], {phase.start - 1 for phase in gap.gap.plan.phases}
+            runs[i].switch()
+            seconds[step, i] = time.perf_counter() - begin
+    return seconds  # the last turn also contains the end of training
 
 
-def instrument() -> dict[str, list[float]]:
-    """Time the three calls that GaP adds to a step."""
-    from gap_hf.sparsifier import Sparsifier
-
-    spent: dict[str, list[float]] = defaultdict(list)
+def instrument() -> dict[int, dict[str, list[float]]]:
+    """Time what GaP adds to a step, by the sparsifier's id and the name of the call."""
+    spent: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return method(*args, **kwargs)
+                return method(self, *args, **kwargs)
             finally:
-                spent[name].append(time.perf_counter() - begin)
+                spent[id(self)][name].append(time.perf_counter() - begin)
 
         return call
 
-    for name in ("mask_gradients", "mask_weights", "advance"):
+    for name in ("mask_gradients", "mask_weights", "advance", "_apply"):
         setattr(Sparsifier, name, timed(name, getattr(Sparsifier, name)))
     return spent
 
 
 def print_table(r: dict[str, Any]) -> None:
-    print(f"\n{r['pairs']} pairs of steps, {r['threads']} threads, torch {r['versions']['torch']}")
-    rows = [
-        ("Trainer, one step", f"{r['trainer_ms']:.2f} ms"),
-        ("GaPTrainer, one step", f"{r['gap_trainer_ms']:.2f} ms"),
-        ("median paired ratio", f"{r['median_ratio']:.4f}"),
-        ("  95 % interval", f"{r['interval_95'][0]:.4f} – {r['interval_95'][1]:.4f}"),
-        (f"{r['mask_changes_in_demo']} mask changes over {r['demo_steps']} steps", f"+{r['mask_changes_share']:.4f}"),
-        ("in all", f"{r['total_ratio']:.4f}"),
-        ("upper end", f"{r['total_upper_95']:.4f}"),
-        *((f"  {name}", f"{ms:.3f} ms") for name, ms in r["where_ms"].items()),
-        ("  one mask change", f"{r['mask_change_ms']:.3f} ms"),
-    ]
-    for name, value in rows:
-        print(f"{name:40} {value}")
+    print(
+        f"\nTrainer's step {r['trainer_ms']:.1f} ms; {r['threads']} thread(s), sparsity {r['sparsity']:g}, "
+        f"torch {r['versions']['torch']}"
+    )
+    print(
+        f"{'method':10} {'ratio':>7} {'95 % interval':>17} {'one update':>11} {'updates':>8} {'in all':>7} {'upper':>7}"
+    )
+    for name, m in r["methods"].items():
+        low, high = m["interval_95"]
+        print(
+            f"{name:10} {m['median_ratio']:7.4f} {low:8.4f}–{high:.4f}  {m['update_ms']:8.2f} ms "
+            f"{m['updates_in_demo']:8} {m['total_ratio']:7.4f} {m['total_upper_95']:7.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ sparsifier = Sparsifier(model, GaPConfig(sparsity=0.9), total_steps=len(batches)
 sparsifier.start()
 for step, batch in enumerate(batches):
     loss_of(model, batch).backward()
-    sparsifier.mask_gradients(step)      # before clipping, so that the norm is of live gradients
+    sparsifier.mask_gradients()          # before clipping, so that the norm is of live gradients
     optimizer.step()
     sparsifier.mask_weights()
     optimizer.zero_grad()
@@ -77,6 +77,7 @@ class Sparsifier:
         # Masks of the last prune of tensors that were grown since, only to measure how much the next one differs.
         self.previous: dict[str, Tensor] = {}
         self.phase = self.plan.phases[0]
+        self.step = 0  # optimizer steps done
         self.levels = list(self.plan.first_levels)
         self.num_done = 0  # updates of the plan that are done; one that needs gradients waits for the next backward
 
@@ -89,7 +90,7 @@ class Sparsifier:
             masks: Those of an earlier run on the same weights; they are kept where they exist and trained dense
                 tensors are pruned by magnitude, because random masks would destroy what was learned.
         """
-        self.phase = self.plan.phases[0]
+        self.phase, self.step = self.plan.phases[0], 0
         self.levels, self.num_done = list(self.plan.first_levels), 0
         earlier = {n: m for n in self.weights if masks is not None and (m := masks[n]) is not None}
         for group, level in zip(self.groups, self.levels, strict=True):
@@ -120,7 +121,7 @@ class Sparsifier:
         if step == 0:
             return None
         begins = self.plan.begins_at(step) is not None
-        self.phase = self.plan.phase_at(step)
+        self.phase, self.step = self.plan.phase_at(step), step
         if begins and self.config.optimizer_reset == "all" and self.optimizer is not None:
             reset_all(unwrap(self.optimizer))
         tally = Tally()
@@ -130,17 +131,17 @@ class Sparsifier:
             return None
         return self._change(step, tally, begins_phase=begins)
 
-    def mask_gradients(self, step: int | None = None) -> Change | None:
+    def mask_gradients(self) -> Change | None:
         """Zero the gradients of masked weights. Call before clipping, on fully accumulated gradients.
 
-        Masks that change by gradient change here, before it is masked, if `step` (optimizer steps done) is given and
-        such an update is due; where a gradient is not finite it waits for the next step. Returns what changed, or None.
+        Masks that change by gradient change here, where it is still dense, if the plan has that for the step at hand;
+        if a gradient is not finite they wait for the next step. Returns what changed, or None.
         """
         change = None
-        if step is not None and (update := self._due(step)) is not None and self._gradients_are_finite(update):
+        if (update := self._due(self.step)) is not None and self._gradients_are_finite(update):
             tally = Tally()
             self._apply(update, tally, final=False)
-            change = self._change(step, tally, begins_phase=False)
+            change = self._change(self.step, tally, begins_phase=False)
         self.masks.apply_to_gradients()
         return change
 
@@ -175,7 +176,7 @@ class Sparsifier:
     ) -> None:
         """Continue at `step` with what a checkpoint recorded: masks (uint8, None for dense) and the attributes."""
         assert masks.keys() == self.weights.keys() and len(levels) == len(self.groups)
-        self.phase = self.plan.phase_at(step)
+        self.phase, self.step = self.plan.phase_at(step), step
         self.levels, self.num_done = list(levels), num_done
         for name, mask in masks.items():
             self.masks.set(name, mask)

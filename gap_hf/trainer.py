@@ -172,7 +172,7 @@ class GaPMixin(_Base):
         """One micro-batch; at the last of an accumulation, gradients of masked weights are zeroed before clipping."""
         loss = super().training_step(*args, **kwargs)
         if self._gap_on and self.accelerator.sync_gradients:
-            change = self._gap_sparsifier.mask_gradients(self.state.global_step)
+            change = self._gap_sparsifier.mask_gradients()
             if change is not None:
                 self._gap_report(change)
         return loss

@@ -200,7 +200,8 @@ def config_of(method: str, **changes: Any) -> GaPConfig:
 def with_gradient(run: Sparsifier, gradient: list[list[float]]) -> Change | None:
     """The first update of a plan that goes by gradient."""
     run.masks.params["0.weight"].grad = torch.tensor(gradient)
-    return run.mask_gradients(run.plan.updates[0].step)
+    assert run.advance(run.plan.updates[0].step) is None
+    return run.mask_gradients()
 
 
 def force(run: Sparsifier, weight: list[list[float]], mask: list[list[int]]) -> None:
@@ -259,7 +260,7 @@ def test_rigl_waits_where_a_gradient_is_not_finite() -> None:
     assert (mask_of(run), run.num_done) == (MASK, 0)
     run.masks.params["0.weight"].grad = torch.tensor([[0.0, 5.0, 0.0, 6.0], [0.0] * 4])
     assert run.advance(5) is None
-    assert run.mask_gradients(5) is not None
+    assert run.mask_gradients() is not None
     assert mask_of(run) == [[1, 1, 1, 1], [0, 0, 0, 0]]
 
 
@@ -267,7 +268,8 @@ def test_rigl_leaves_a_tensor_without_a_gradient_alone() -> None:
     run = rigl_run(0.5, MASK)
     force(run, WEIGHT, MASK)
     run.masks.params["0.weight"].grad = None
-    assert run.mask_gradients(4) is not None
+    run.advance(4)
+    assert run.mask_gradients() is not None
     assert mask_of(run) == MASK
 
 
@@ -275,7 +277,7 @@ def test_rigl_does_nothing_before_its_step() -> None:
     run = rigl_run(0.5, MASK)
     force(run, WEIGHT, MASK)
     run.masks.params["0.weight"].grad = torch.ones(2, 4)
-    assert run.mask_gradients(3) is None
+    run.advance(3)
     assert run.mask_gradients() is None
     assert mask_of(run) == MASK
 
@@ -287,7 +289,8 @@ def test_rigl_sees_the_gradient_accumulated_over_micro_batches() -> None:
     force(run, WEIGHT, MASK)
     for inputs in ([0.0, 3.0, 0.0, 1.0], [0.0, -3.5, 0.0, 1.0]):  # input 1 is large in each, and cancels in the sum
         model(torch.tensor(inputs)).sum().backward()
-    run.mask_gradients(4)
+    run.advance(4)
+    run.mask_gradients()
     assert mask_of(run) == [[1, 0, 1, 1], [0, 0, 0, 1]]
 
 
@@ -421,7 +424,7 @@ def test_every_method_with_every_pattern_and_distribution(method: str, kind: dic
     for step in range(total):
         inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
         (model(inputs) - inputs.flip(1)).square().mean().backward()
-        run.mask_gradients(step)
+        run.mask_gradients()
         assert run.levels == list(run.plan.levels_at(step))
         _check_zeros(run, gradients=True)
         if uniform and "pattern" not in kind:

@@ -80,16 +80,16 @@ class NearTexts:
         )
 
 
-def split_of(key: str) -> str:
+def split_of(key: str, test_below: int = TEST_BELOW, dev_below: int = DEV_BELOW) -> str:
     value = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 1000
-    return "test" if value < TEST_BELOW else "dev" if value < DEV_BELOW else "train"
+    return "test" if value < test_below else "dev" if value < dev_below else "train"
 
 
-def split(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+def split(pairs: Iterable[Pair], test_below: int = TEST_BELOW, dev_below: int = DEV_BELOW) -> dict[str, list[Pair]]:
     """Pairs of each split, in an order that is random but fixed (that of their hashes)."""
     out: dict[str, list[Pair]] = {name: [] for name in SPLITS}
     for key, members in clusters(pairs).items():
-        out[split_of(key)].extend(members)
+        out[split_of(key, test_below, dev_below)].extend(members)
     out["dev"] = far_from(out["test"], out["dev"])
     out["train"] = far_from([*out["test"], *out["dev"]], out["train"])
     for members in out.values():
