@@ -118,9 +118,9 @@ class GaPConfig:
             the last stretch, in which masks are frozen at the target.
         dense_share: Share of the optimizer steps before the first prune, in methods that start dense.
         ramp_share: Share of the steps before the fine-tune over which the groups that are not grown go from
-            dense to their target (0: they start at it with their first masks, as in the paper).
-        prune_share: Share of a phase, at its end, over which the grown group is pruned gradually (0: at once
-            where the phase ends, as in the paper).
+            dense to their target (1 by default; 0: they start at it with their first masks, as in the paper).
+        prune_share: Share of a phase, at its end, over which the grown group is pruned gradually (0.5 by
+            default; 0: at once where the phase ends, as in the paper).
         update_steps: Optimizer steps between mask updates inside a phase.
         drop_fraction: Share of the live weights that an update exchanges.
         distribution: How the target is spread: ``uniform`` (every tensor has it), ``global`` (each group is

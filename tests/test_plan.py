@@ -19,6 +19,7 @@ from gap_hf.errors import GaPError
 from gap_hf.phases import Phase, round_half_up
 from gap_hf.plan import Plan, make_plan, peak_factor
 
+PAPER: dict[str, Any] = {"sparsity": 0.9, "ramp_share": 0, "prune_share": 0}  # no update but where a phase begins
 partitions = st.integers(1, 7)
 rounds = st.integers(1, 5)
 shares = st.sampled_from([0.01, 0.1, 0.25, 1 / 3, 0.5, 0.75, 0.9, 0.99])
@@ -234,7 +235,7 @@ def grown(plan: Plan, phase: Phase) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("kappa", sorted(ORDER))
 def test_order_of_pruned_and_grown_groups(kappa: int) -> None:
-    plan = plan_of(GaPConfig(sparsity=0.9, num_partitions=kappa, num_rounds=2), 200)
+    plan = plan_of(GaPConfig(**PAPER, num_partitions=kappa, num_rounds=2), 200)
     assert [(pruned(plan, phase), grown(plan, phase)) for phase in plan.phases] == ORDER[kappa]
     assert [phase.round for phase in plan.phases] == [0, *[1] * kappa, *[2] * kappa, 2]
     assert [phase.kind for phase in plan.phases] == ["initial", *["cyclic"] * (2 * kappa), "fine-tune"]
@@ -242,7 +243,7 @@ def test_order_of_pruned_and_grown_groups(kappa: int) -> None:
 
 @given(kappa=partitions, num_rounds=rounds)
 def test_cyclic_has_exactly_one_dense_group_before_the_fine_tune(kappa: int, num_rounds: int) -> None:
-    config = GaPConfig(sparsity=0.9, num_partitions=kappa, num_rounds=num_rounds)
+    config = GaPConfig(**PAPER, num_partitions=kappa, num_rounds=num_rounds)
     plan = plan_of(config, 500)
     dense: set[int] = set()
     for phase in plan.phases:
@@ -258,7 +259,7 @@ def test_cyclic_has_exactly_one_dense_group_before_the_fine_tune(kappa: int, num
 @given(kappa=partitions, num_tensors=st.integers(1, 30), seed=st.integers(0, 5))
 def test_random_draws(kappa: int, num_tensors: int, seed: int) -> None:
     assume(kappa <= num_tensors)
-    config = GaPConfig(sparsity=0.9, method="random", num_partitions=kappa, num_rounds=3)
+    config = GaPConfig(**PAPER, method="random", num_partitions=kappa, num_rounds=3)
 
     def draw(seed: int) -> Plan:
         return make_plan(config, num_groups=num_tensors, total_steps=300, seed=seed)
@@ -385,7 +386,7 @@ def test_peak_factors_by_hand() -> None:
 @given(kappa=partitions, sparsity=st.sampled_from([0.5, 0.8, 0.9]))
 def test_live_share_over_a_round_is_the_papers(kappa: int, sparsity: float) -> None:
     """With equal groups: (1 - s) + s / kappa while one is dense, 1 - s in the fine-tune."""
-    config = GaPConfig(sparsity=sparsity, num_partitions=kappa, num_rounds=2, phase_steps=10)
+    config = GaPConfig(**{**PAPER, "sparsity": sparsity}, num_partitions=kappa, num_rounds=2, phase_steps=10)
     plan = plan_of(config, 2 * 10 * (1 + 2 * kappa))
     sizes, densities = [1000] * kappa, [1 - sparsity] * kappa
     one_dense = (1 - sparsity) + sparsity / kappa
@@ -396,7 +397,7 @@ def test_live_share_over_a_round_is_the_papers(kappa: int, sparsity: float) -> N
 
 
 def test_live_share_of_unequal_groups() -> None:
-    plan = plan_of(GaPConfig(sparsity=0.9, num_partitions=2, num_rounds=1, phase_steps=10), 40)
+    plan = plan_of(GaPConfig(**PAPER, num_partitions=2, num_rounds=1, phase_steps=10), 40)
     shares = [plan.live_share(phase, [100, 300], [0.1, 0.5]) for phase in plan.phases]
     assert shares == pytest.approx([250 / 400, 310 / 400, 250 / 400, 160 / 400])
     assert plan.average_live_share([100, 300], [0.1, 0.5]) == pytest.approx(sum(shares) / 4)

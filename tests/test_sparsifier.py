@@ -40,7 +40,9 @@ def make_model(*, seed: int = 0) -> nn.Sequential:
 
 
 def config_of(**changes: Any) -> GaPConfig:
-    values = {"sparsity": 0.8, "num_partitions": 3, "num_rounds": 2, "include": ["Linear"], **changes}
+    """The paper's schedule; test_methods.py has the ramps."""
+    schedule = {"num_partitions": 3, "num_rounds": 2, "ramp_share": 0, "prune_share": 0}
+    values = {"sparsity": 0.8, **schedule, "include": ["Linear"], **changes}
     return GaPConfig.from_dict({k: v for k, v in values.items() if v is not None})
 
 

@@ -22,7 +22,8 @@ from transformers import (
 
 from gap_hf import GaPConfig, GaPSeq2SeqTrainer, GaPTrainer
 
-CONFIG = GaPConfig(sparsity=0.9, num_partitions=2, num_rounds=2)
+# The paper's schedule: masks change where a phase begins and nowhere else.
+CONFIG = GaPConfig(sparsity=0.9, num_partitions=2, num_rounds=2, ramp_share=0, prune_share=0)
 
 
 class Tokens(Dataset):

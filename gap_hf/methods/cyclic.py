@@ -1,9 +1,9 @@
 """C-GaP (Ma et al., ICLR 2022, algorithm 1): the groups are grown in turn, in network order, round after round.
 
-With `ramp_share` and `prune_share` of 0 it is the paper's schedule: the groups that wait for their turn are at the
-target from the first step on, and a grown group is pruned all at once when its phase ends. Otherwise those groups come
-down from dense to the target over `ramp_share` of the time before the fine-tune, and a grown group comes down over the
-last `prune_share` of its phase. Both ramps are cubic, as in gradual magnitude pruning.
+The groups that wait for their turn come down from dense to the target over `ramp_share` (1) of the time before the
+fine-tune, and a grown group comes down over the last `prune_share` (0.5) of its phase. Both ramps are cubic, as in gradual
+magnitude pruning. With both shares at 0 it is the paper's schedule: waiting groups are at the target from the first step
+on, and a grown group is pruned all at once when its phase ends. docs/evidence.md has what the ramps are worth.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ USES = {
     "prune_share",
     "update_steps",
 }
+DEFAULT_RAMP_SHARE = 1.0
+DEFAULT_PRUNE_SHARE = 0.5
 
 
 def build(config: GaPConfig, run: Run) -> Schedule:
@@ -38,7 +40,8 @@ def chain(
     Groups that wait on a ramp are pruned each by itself, or with `one_pool` together.
     """
     every = interval(config, run)
-    ramp_end = share_of(config.ramp_share or 0.0, ends[-1])
+    ramp_end = share_of(DEFAULT_RAMP_SHARE if config.ramp_share is None else config.ramp_share, ends[-1])
+    prune_share = DEFAULT_PRUNE_SHARE if config.prune_share is None else config.prune_share
 
     def level(step: int) -> float:
         return cubic(step / ramp_end) if step < ramp_end else 1.0
@@ -73,7 +76,7 @@ def chain(
                 updates.append(Update(start, grown, grow_to=0.0))
         if not grown:
             continue
-        prune_start = end - share_of(config.prune_share or 0.0, end - start)
+        prune_start = end - share_of(prune_share, end - start)
         for step in update_points(start, end, every):
             updates += prune_waiting(step, waiting)
             if step > prune_start:
