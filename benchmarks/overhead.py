@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         quiet = [f"--training.output_dir={folder}", "--training.eval_strategy=no", "--training.save_strategy=no"]
         quiet += ["--training.disable_tqdm=true", "--training.load_best_model_at_end=false"]
-        make, demo_steps, num_batches = trainer_maker(args.recipe, quiet)
+        make, demo_steps = trainer_maker(args.recipe, quiet)
         total = args.rounds + WARM_UP
         # Each method's schedule squeezed into the rounds, so that every kind of mask change is met and timed.
         trainers = [make(None, total)]
@@ -96,9 +95,7 @@ def main() -> None:
             p.start - 1 for p in gap.plan.phases
         }
         used = [step for step in range(WARM_UP, total - 1) if step not in changed]
-        plan = make_plan(
-            config, num_groups=len(gap.groups), total_steps=demo_steps, steps_per_epoch=Fraction(num_batches)
-        )
+        plan = make_plan(config, num_groups=len(gap.groups), total_steps=demo_steps)
         updates = spent[id(gap)].pop("_apply", [])
         methods[method] = figures(seconds[used, i] / dense[used], updates, len(plan.updates), demo_steps, dense[used])
         methods[method]["where_ms"] = {name: 1e3 * float(np.median(times)) for name, times in spent[id(gap)].items()}
@@ -137,8 +134,8 @@ def figures(
     }
 
 
-def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[GaPConfig | None, int], Any], int, int]:
-    """A function (config, steps) -> trainer on the demo's model and data; the demo's steps, and those of an epoch."""
+def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[GaPConfig | None, int], Any], int]:
+    """A function (config, steps) -> trainer on the demo's model and data; and the demo's steps."""
     recipe = load_recipe(recipe_path, quiet, model_cls=ModelSection, data_cls=DataSection)
     arguments = Seq2SeqTrainingArguments(**recipe.training)
     pairs = load_pairs(recipe.data)
@@ -148,7 +145,7 @@ def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[GaPCon
     )
     train = translate.tokenize(pairs["train"], tokenizer, recipe.data, "train")
     sampler = translate.make_sampler(train, recipe, arguments)
-    demo_steps, per_epoch = translate.count_steps(len(train), sampler, arguments)
+    demo_steps, _ = translate.count_steps(len(train), sampler, arguments)
 
     def make(config: GaPConfig | None, steps: int) -> Any:
         set_seed(arguments.seed)
@@ -167,7 +164,7 @@ def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[GaPCon
             trainer.use_token_batches(sampler)
         return trainer
 
-    return make, demo_steps, int(per_epoch)
+    return make, demo_steps
 
 
 def run_in_turns(trainers: list[Any], total: int) -> np.ndarray:

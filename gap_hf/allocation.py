@@ -6,7 +6,7 @@ from gap_hf.config import GaPConfig, parse_pattern
 from gap_hf.errors import GaPError
 from gap_hf.methods import get_method
 from gap_hf.partition import Group, make_partition
-from gap_hf.patterns import check_fits, erk_counts, matrix_shape, num_kept, num_units
+from gap_hf.patterns import check_fits, erk_counts, matrix_shape, num_kept, num_units, spread
 from gap_hf.targets import PrunableWeight, Targets
 
 
@@ -36,7 +36,8 @@ def make_groups(targets: Targets, config: GaPConfig, *, seed: int) -> tuple[Grou
 def keep_counts(targets: Targets, config: GaPConfig) -> dict[str, int]:
     """Units (weights, or blocks of a block pattern) that each tensor keeps when it is sparse.
 
-    Under ``global`` these are the counts of the random first masks only; a prune settles them anew.
+    Under ``global`` these are the counts of random first masks, which together meet the pool's total; a prune settles
+    them anew.
 
     Raises:
         GaPError: if the pattern does not divide a weight.
@@ -52,8 +53,12 @@ def keep_counts(targets: Targets, config: GaPConfig) -> dict[str, int]:
         w.name: num_kept(config.target if fixed or w.override is None else w.override, units[w.name])
         for w in targets.weights
     }
+    free = [w for w in targets.weights if w.override is None]
+    if config.distribution == "global":
+        shares = [(1 - config.target) * units[w.name] for w in free]
+        total = num_kept(config.target, sum(units[w.name] for w in free))
+        counts.update(zip((w.name for w in free), spread(total, shares), strict=True))
     if config.distribution == "erk":
-        free = [w for w in targets.weights if w.override is None]
         shapes = [matrix_shape(w.shape, w.layout) if w.layout == "conv" else _one_matrix(w) for w in free]
         found = erk_counts(shapes, [units[w.name] for w in free], config.target)
         counts.update(zip((w.name for w in free), found, strict=True))

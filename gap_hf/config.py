@@ -99,7 +99,7 @@ def parse_pattern(text: str) -> Pattern:
 class GaPConfig:
     """Scheduled grow-and-prune (Ma et al., ICLR 2022, arXiv 2106.09857), and what it is applied to.
 
-    A *phase* is what the paper calls a step: a stretch of optimizer steps with fixed masks. Training is one
+    A *phase* is what the paper calls a step: a stretch of optimizer steps in which one group is grown. Training is one
     phase, then `num_rounds` rounds of `num_partitions` phases, then a fine-tune with every mask frozen. Of
     `num_rounds`, the length of a phase and `fine_tune_share`, give two; the third follows from the length of
     training. With none given, `num_rounds` is 2 and `fine_tune_share` 0.25.
@@ -128,10 +128,10 @@ class GaPConfig:
             al. 2020: larger layers sparser, the whole set meets it exactly).
         pattern: ``unstructured``, ``N:M``, ``block:RxC`` (R outputs by C inputs), ``transposable:2:4``.
         initial_mask: First masks of the groups that start sparse: ``random``, or ``magnitude`` for a model
-            that is trained already.
-        optimizer_reset: Which optimizer moments a phase change clears: of the entries whose mask ``changed``,
-            of ``all`` parameters (as the authors), or of ``none``. docs/decisions.md says what becomes of
-            Adam's step count.
+            that is trained already. Groups that start dense, as all do under a ramp, need none.
+        optimizer_reset: Which optimizer moments a change of masks clears: of the entries whose mask ``changed``,
+            where a phase begins those of ``all`` parameters (as the authors), or of ``none``. docs/decisions.md
+            says what becomes of Adam's step count.
         lr_schedule: ``whole`` (one schedule over the run) or ``restart`` (one per phase, as the authors).
         lr_peaks: With ``restart``, the peak over the phases: ``constant``, ``linear``, ``cosine`` or ``step``
             (halved each round). The fine-tune always starts from the full peak.

@@ -110,7 +110,7 @@ def pooled_masks(
     Unstructured and block patterns only. Ties go to the earlier tensor, then to the lower index.
 
     Args:
-        within: Masks whose live units alone are looked at, so that a live weight of 0 goes before a masked one.
+        within: Masks whose live units go before all others, so that a live weight of 0 is kept before a masked one.
 
     Returns:
         One uint8 mask per weight, of its shape and device; together they keep exactly `keep` units.
@@ -119,29 +119,19 @@ def pooled_masks(
         scores = [_block_scores(w, pattern, layout) for w, layout in zip(weights, layouts, strict=True)]
     else:
         scores = [w.detach().reshape(-1) for w in weights]
-    if within is None:
-        masks = _largest(scores, keep, names)
-    else:
-        live = [_live_units(m, pattern, layout) for m, layout in zip(within, layouts, strict=True)]
-        found = _largest([s[units] for s, units in zip(scores, live, strict=True)], keep, names)
-        masks = [torch.zeros(len(s), dtype=torch.uint8, device=s.device) for s in scores]
-        for mask, units, kept in zip(masks, live, found, strict=True):
-            mask[units] = kept
+    live = None
+    if within is not None:
+        # A block is live if any weight of it is.
+        units = zip(within, layouts, strict=True)
+        live = (
+            [_block_scores(m.float(), pattern, layout) > 0 for m, layout in units]
+            if pattern.kind == "block"
+            else [m.reshape(-1) for m in within]
+        )
+    masks = _largest(scores, keep, names, live)
     if pattern.kind == "block":
         return [_expand_blocks(m, w, pattern, layout) for m, w, layout in zip(masks, weights, layouts, strict=True)]
     return [m.view(w.shape) for m, w in zip(masks, weights, strict=True)]
-
-
-def live_units(mask: Tensor, pattern: Pattern, layout: str) -> int:
-    """How many units of a mask are live; of a block, one live weight is enough to count."""
-    return int(_live_units(mask, pattern, layout).numel())
-
-
-def _live_units(mask: Tensor, pattern: Pattern, layout: str) -> Tensor:
-    """Indices of the live units of a mask, in order."""
-    if pattern.kind != "block":
-        return mask.reshape(-1).nonzero().squeeze(1)
-    return _block_scores(mask.float(), pattern, layout).nonzero().squeeze(1)
 
 
 def random_mask(shape: Sequence[int], pattern: Pattern, keep: int, layout: str, generator: torch.Generator) -> Tensor:
@@ -171,9 +161,13 @@ def erk_counts(shapes: Sequence[tuple[int, int, int]], units: Sequence[int], spa
         if not over:
             break
         dense.add(max(over, key=lambda j: (raw[j], -j)))
-    exact = [Fraction(n) if j in dense else raw[j] * scale * n for j, n in enumerate(units)]
-    counts = [int(x) for x in exact]
-    by_remainder = sorted(range(len(units)), key=lambda j: (counts[j] - exact[j], j))
+    return spread(total, [Fraction(n) if j in dense else raw[j] * scale * n for j, n in enumerate(units)])
+
+
+def spread(total: int, shares: Sequence[Fraction]) -> list[int]:
+    """Whole numbers near `shares` that sum to `total`, by largest remainder; the first of equal ones goes up."""
+    counts = [int(x) for x in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda j: (counts[j] - shares[j], j))
     for j in by_remainder[: total - sum(counts)]:
         counts[j] += 1
     return counts
@@ -182,21 +176,24 @@ def erk_counts(shapes: Sequence[tuple[int, int, int]], units: Sequence[int], spa
 # --- selection -------------------------------------------------------------------------------------------------------
 
 
-def _largest(scores: Sequence[Tensor], keep: int, names: Sequence[str]) -> list[Tensor]:
-    """uint8 masks of the `keep` entries of largest magnitude over all the 1-D `scores`."""
+def _largest(
+    scores: Sequence[Tensor], keep: int, names: Sequence[str], live: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """uint8 masks of the `keep` entries of largest magnitude over all the 1-D `scores`, live ones before others."""
     total = sum(s.numel() for s in scores)
     assert 0 <= keep <= total, (keep, total)
     # 64 bits only if someone trains in float64: a float32 cast would make ties of different weights.
     num_bits = 64 if any(s.dtype == torch.float64 for s in scores) else 32
     if keep == 0:
         return [torch.zeros(s.numel(), dtype=torch.uint8, device=s.device) for s in scores]
-    threshold, num_above = _kth_largest_bits(scores, keep, num_bits, names)
+    flags = live if live is not None else [None] * len(scores)
+    threshold, num_above = _kth_largest_bits(scores, flags, keep, num_bits, names)
     ties_left = keep - num_above
     masks = []
-    for score in scores:
+    for score, flag in zip(scores, flags, strict=True):
         mask = torch.empty(score.numel(), dtype=torch.uint8, device=score.device)
-        for part, out in zip(_chunks(score), _chunks(mask), strict=True):
-            bits = _magnitude_bits(part, num_bits)
+        for (part, flag_part), out in zip(_chunks(score, flag), mask.split(CHUNK), strict=True):
+            bits = _magnitude_bits(part, flag_part, num_bits)
             out.copy_(bits > threshold)
             tied = (bits == threshold).nonzero().squeeze(1)[:ties_left] if ties_left else None
             if tied is not None:
@@ -206,14 +203,16 @@ def _largest(scores: Sequence[Tensor], keep: int, names: Sequence[str]) -> list[
     return masks
 
 
-def _kth_largest_bits(scores: Sequence[Tensor], k: int, num_bits: int, names: Sequence[str]) -> tuple[int, int]:
+def _kth_largest_bits(
+    scores: Sequence[Tensor], flags: Sequence[Tensor | None], k: int, num_bits: int, names: Sequence[str]
+) -> tuple[int, int]:
     """Bit pattern of the k-th largest magnitude (k from 1), and how many entries are strictly above it."""
     prefix, num_above = 0, 0
     for shift in range(num_bits - 16, -1, -16):
         counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for score, name in zip(scores, names, strict=True):
-            for part in _chunks(score):
-                bits = _magnitude_bits(part, num_bits)
+        for score, flag, name in zip(scores, flags, names, strict=True):
+            for part, flag_part in _chunks(score, flag):
+                bits = _magnitude_bits(part, flag_part, num_bits)
                 if shift == num_bits - 16:
                     _refuse_nan(part, name)
                 else:
@@ -226,15 +225,15 @@ def _kth_largest_bits(scores: Sequence[Tensor], k: int, num_bits: int, names: Se
     return prefix, num_above
 
 
-def _magnitude_bits(part: Tensor, num_bits: int) -> Tensor:
-    """|w| as integers that order as the magnitudes do; bf16 and fp16 widen exactly."""
-    if num_bits == 64:
-        return part.abs().double().view(torch.int64)
-    return part.abs().float().view(torch.int32)
+def _magnitude_bits(part: Tensor, live: Tensor | None, num_bits: int) -> Tensor:
+    """|w| as integers that order as the magnitudes do; bf16 and fp16 widen exactly. What is not live comes below 0."""
+    bits = part.abs().double().view(torch.int64) if num_bits == 64 else part.abs().float().view(torch.int32)
+    return bits if live is None else bits.add_(1).mul_(live)
 
 
-def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    return (flat[i : i + CHUNK] for i in range(0, flat.numel(), CHUNK))
+def _chunks(flat: Tensor, live: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for i in range(0, flat.numel(), CHUNK):
+        yield flat[i : i + CHUNK], None if live is None else live[i : i + CHUNK]
 
 
 def _refuse_nan(part: Tensor, name: str) -> None:

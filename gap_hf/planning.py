@@ -24,11 +24,15 @@ def count_batches(num_examples: int, args: TrainingArguments) -> int:
     return num_examples // together if args.dataloader_drop_last else math.ceil(num_examples / together)
 
 
-def count_optimizer_steps(num_batches: int, args: TrainingArguments) -> tuple[int, Fraction]:
-    """Optimizer steps in all and per epoch, as the Trainer will count them."""
+def count_optimizer_steps(num_batches: int, args: TrainingArguments) -> tuple[int, Fraction | None]:
+    """Optimizer steps in all and per epoch, as the Trainer will count them.
+
+    With `max_steps` the length of an epoch is None, because a trainer's plan goes without it then.
+    """
+    if args.max_steps > 0:
+        return args.max_steps, None
     per_epoch = max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return total, Fraction(per_epoch)
+    return math.ceil(args.num_train_epochs * per_epoch), Fraction(per_epoch)
 
 
 def summarize(

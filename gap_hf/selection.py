@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gap_hf.allocation import keep_counts
 from gap_hf.config import GaPConfig, Pattern, parse_pattern
-from gap_hf.patterns import live_units, magnitude_mask, num_kept, num_units, pooled_masks, random_mask
+from gap_hf.patterns import magnitude_mask, num_kept, num_units, pooled_masks, random_mask
 from gap_hf.phases import Update, round_half_up
 from gap_hf.targets import Targets
 
@@ -43,27 +43,31 @@ class Selection:
         self._counts = keep_counts(targets, config)
 
     def by_magnitude(
-        self, names: Sequence[str], level: float = 1.0, *, masks: Mapping[str, Tensor | None] | None = None
+        self,
+        names: Sequence[str],
+        level: float = 1.0,
+        *,
+        masks: Mapping[str, Tensor | None] | None = None,
+        pool_target: int | None = None,
     ) -> dict[str, Tensor]:
         """Masks that keep the largest weights at a level, pooled where the distribution says so.
 
         Args:
             masks: Masks in force, None for a dense tensor. Live weights are kept before masked ones, even those of 0.
+            pool_target: Units that the pool keeps at the target, if not its own share of them.
         """
         values = {n: self.params[n].detach() for n in names}
         out: dict[str, Tensor] = {}
         for pool in self._pools(names):
-            keep = self._keep(pool, level)
             within = [m for n in pool if masks is not None and (m := masks[n]) is not None]
-            # Random first masks of a pool may together be a few weights short of what the pool keeps.
-            whole = len(within) < len(pool) or self._live(pool, within, self.pattern) < keep
-            out.update(self._largest(values, pool, keep, self.pattern, None if whole else within))
+            keep = self._keep(pool, level, pool_target if self.is_pooled(pool[0]) else None)
+            out.update(self._largest(values, pool, keep, self.pattern, within if len(within) == len(pool) else None))
         return out
 
     def at_random(self, name: str, level: float = 1.0, *, draw: str = "initial mask") -> Tensor:
         """From (seed, draw, name) and a generator of its own: equal on every rank, and no draw from the global one."""
         weight = self.weights[name]
-        keep = self._keep([name], level)
+        keep = self._keep([name], level, self._counts[name])
         return random_mask(weight.shape, self.pattern, keep, weight.layout, self._generator(name, draw))
 
     def regrown(self, masks: Mapping[str, Tensor], update: Update) -> dict[str, Tensor]:
@@ -85,23 +89,35 @@ class Selection:
             largest = max(float(s.max()) for s in scores.values())
             for name, score in scores.items():
                 score.div_(largest or 1.0).masked_fill_(survivors[name] == 1, _SURVIVOR)
-            out.update(self._largest(scores, pool, self._keep(pool, update.grow_to), self.pattern))
+            # An exchange leaves as many as there were; a pool's own share of the target may be another number.
+            keep = self.live_units({n: masks[n] for n in pool}) if update.drop else self._keep(pool, update.grow_to)
+            out.update(self._largest(scores, pool, keep, self.pattern))
         return out
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _pools(self, names: Sequence[str]) -> list[list[str]]:
         """What shares one threshold: everything without an override under ``global``, else each tensor alone."""
-        pooled = [n for n in names if self._is_pooled(n)]
-        return ([pooled] if pooled else []) + [[n] for n in names if not self._is_pooled(n)]
+        pooled = [n for n in names if self.is_pooled(n)]
+        return ([pooled] if pooled else []) + [[n] for n in names if not self.is_pooled(n)]
 
-    def _keep(self, pool: Sequence[str], level: float) -> int:
+    def _keep(self, pool: Sequence[str], level: float, target: int | None = None) -> int:
         """Units that a pool keeps at a level: N - round(level * (N - k))."""
         units = sum(num_units(self.weights[n].shape, self.pattern) for n in pool)
-        kept = num_kept(self.config.target, units) if self._is_pooled(pool[0]) else self._counts[pool[0]]
-        return units - round_half_up(Fraction(str(level)) * (units - kept))
+        if target is None:
+            target = self.total_units(pool) if self.is_pooled(pool[0]) else self._counts[pool[0]]
+        return units - round_half_up(Fraction(str(level)) * (units - target))
 
-    def _is_pooled(self, name: str) -> bool:
+    def total_units(self, names: Sequence[str]) -> int:
+        """Units that these tensors keep together at the target, under one threshold."""
+        return num_kept(self.config.target, sum(num_units(self.weights[n].shape, self.pattern) for n in names))
+
+    def live_units(self, masks: Mapping[str, Tensor]) -> int:
+        """Live units of masks of this pattern: weights, or blocks."""
+        return sum(int(m.sum()) * num_units(m.shape, self.pattern) // m.numel() for m in masks.values())
+
+    def is_pooled(self, name: str) -> bool:
+        """True if a tensor shares a threshold with others: under ``global``, unless an override gives it its own."""
         return self.config.distribution == "global" and self.weights[name].override is None
 
     def _largest(
@@ -119,19 +135,17 @@ class Selection:
         found = pooled_masks([values[n] for n in pool], pattern, keep, layouts, pool, within)
         return dict(zip(pool, found, strict=True))
 
-    def _live(self, pool: Sequence[str], masks: Sequence[Tensor], pattern: Pattern) -> int:
-        return sum(live_units(m, pattern, self.weights[n].layout) for n, m in zip(pool, masks, strict=True))
-
     def _dropped(self, masks: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """The masks without the smallest `share` of their live units, which are weights unless blocks are."""
         pattern = self.pattern if self.pattern.kind == "block" else Pattern("unstructured")
         values = {n: self.params[n].detach() for n in masks}
         out: dict[str, Tensor] = {}
         for pool in self._pools(list(masks)):
-            within = [masks[n] for n in pool]
-            live = self._live(pool, within, pattern)
+            within = {n: masks[n] for n in pool}
+            # Under N:M single weights are dropped, and single weights are its units.
+            live = self.live_units(within)
             keep = live - round_half_up(Fraction(str(share)) * live)
-            out.update(self._largest(values, pool, keep, pattern, within))
+            out.update(self._largest(values, pool, keep, pattern, list(within.values())))
         return out
 
     def _growth_scores(self, name: str, update: Update) -> Tensor:

@@ -24,6 +24,7 @@ from gap_hf.allocation import make_groups
 from gap_hf.change import Change, Tally
 from gap_hf.config import GaPConfig
 from gap_hf.masks import Masks
+from gap_hf.methods import get_method
 from gap_hf.optimizer_state import clear_grown, clear_pruned, reset_all, unwrap, weight_copies
 from gap_hf.phases import Update
 from gap_hf.plan import Plan, make_plan
@@ -73,6 +74,7 @@ class Sparsifier:
         params = {clean_name(n): p for n, p in model.named_parameters()}
         self.masks = Masks({name: params[name] for name in self.weights})
         self.selection = Selection(self.targets, config, self.masks.params, seed=self.seed)
+        self._draws_from_one_pool = config.distribution == "global" and get_method(config.method).GROUPS == "tensor"
         self.num_params = sum(p.numel() for p in model.parameters())
         # Masks of the last prune of tensors that were grown since, only to measure how much the next one differs.
         self.previous: dict[str, Tensor] = {}
@@ -138,7 +140,7 @@ class Sparsifier:
         if a gradient is not finite they wait for the next step. Returns what changed, or None.
         """
         change = None
-        if (update := self._due(self.step)) is not None and self._gradients_are_finite(update):
+        if (update := self._overdue()) is not None and self._gradients_are_finite(update):
             tally = Tally()
             self._apply(update, tally, final=False)
             change = self._change(self.step, tally, begins_phase=False)
@@ -156,7 +158,7 @@ class Sparsifier:
         tally = Tally()
         for group, level in enumerate(self.levels):
             if level < 1:
-                self._prune(self.groups[group].names, 1.0, tally, final=True)
+                self._prune(self.groups[group].names, 1.0, tally, compare=True)
                 self.levels[group] = 1.0
         return tally.pruning_error
 
@@ -223,18 +225,33 @@ class Sparsifier:
         updates = self.plan.updates
         return updates[self.num_done] if self.num_done < len(updates) and updates[self.num_done].step <= step else None
 
+    def _overdue(self) -> Update | None:
+        """The update by gradient that is due now; of several that had to wait the last, and none in the fine-tune."""
+        while (update := self._due(self.step)) is not None and update.grow_by == "gradient":
+            following = self.plan.updates[self.num_done + 1 : self.num_done + 2]
+            replaced = bool(following) and following[0].step <= self.step
+            if self.step < self.plan.fine_tune.start and not replaced:
+                return update
+            self.num_done += 1
+        return None
+
     def _apply(self, update: Update, tally: Tally, *, final: bool) -> None:
         """Do one update. `final` prunes are compared with the last ones; those inside a phase are on their way."""
         names = [name for g in update.groups for name in self.groups[g].names]
+        exchanges = update.grow_to is not None and update.grow_to > 0
+        before = {n: self.masks[n] for n in names} if exchanges else {}
         if update.prune_to is not None:
-            self._prune(names, update.prune_to, tally, final=final)
+            self._prune(names, update.prune_to, tally, compare=final and not exchanges)
             tally.pruned.update(update.groups)
-        if update.grow_to == 0:
-            for name in names:
-                self._grow(name)
-        elif update.grow_to is not None:
+        if exchanges:
             self._regrow(names, update, tally)
             tally.pruned.update(update.groups if update.drop else ())
+        elif update.grow_to == 0:
+            for name in names:
+                self._grow(name)
+        for name, old in before.items():
+            if old is not None and (new := self.masks[name]) is not None:
+                tally.compare(old, new)
         if update.grow_to is not None:
             tally.grown.update(update.groups)
         for group in update.groups:
@@ -246,38 +263,53 @@ class Sparsifier:
         mask = self.masks[name]
         if mask is None:
             return
-        if self.optimizer is not None and self.config.optimizer_reset == "changed":
+        if self.optimizer is not None and self.config.optimizer_reset != "none":
             clear_grown(unwrap(self.optimizer), self.masks.params[name], mask)
         self.previous[name] = mask
         self.masks.set(name, None)
 
-    def _prune(self, names: Sequence[str], level: float, tally: Tally, *, final: bool) -> None:
+    def _prune(self, names: Sequence[str], level: float, tally: Tally, *, compare: bool) -> None:
         """Prune tensors to a level, pooled where the distribution says so."""
-        new = self.selection.by_magnitude(names, level, masks={n: self.masks[n] for n in names})
+        new = self.selection.by_magnitude(
+            names, level, masks={n: self.masks[n] for n in names}, pool_target=self._rest_of_the_pool(names)
+        )
         for name in names:
             tally.drop(self.masks.params[name].detach(), new[name])
-            if final and (last := self.previous.pop(name, self.masks[name])) is not None:
+            if compare and (last := self.previous.pop(name, self.masks[name])) is not None:
                 tally.compare(last, new[name])
             self._set_mask(name, new[name])
 
+    def _rest_of_the_pool(self, names: Sequence[str]) -> int | None:
+        """What tensors drawn from a global pool keep for it to meet its total, once all the others are at the target.
+
+        Each draw shares its own total out anew, so a tensor may hold more or less than its share when it is drawn again.
+        """
+        if not self._draws_from_one_pool:
+            return None
+        pool = [n for n in self.weights if self.selection.is_pooled(n)]
+        level_of = {n: level for g, level in zip(self.groups, self.levels, strict=True) for n in g.names}
+        rest = {n: self.masks[n] for n in pool if n not in set(names)}
+        if any(mask is None or level_of[n] < 1 for n, mask in rest.items()):
+            return None
+        return self.selection.total_units(pool) - self.selection.live_units(
+            {n: m for n, m in rest.items() if m is not None}
+        )
+
     def _regrow(self, names: Sequence[str], update: Update, tally: Tally) -> None:
-        """Exchange weights of sparse tensors. No value changes but of those that are dropped for good."""
+        """Grow weights of sparse tensors, after a drop if there is one. No value changes but of what was dropped."""
         # A tensor that the loss did not reach has no gradient to choose by.
         params = self.masks.params
         known = [n for n in names if update.grow_by != "gradient" or params[n].grad is not None]
         old = {n: mask for n in known if (mask := self.masks[n]) is not None}
-        new = self.selection.regrown(old, update)
-        for name, mask in new.items():
-            tally.drop(params[name].detach(), mask)
-            tally.compare(old[name], mask)
-            if self.optimizer is not None and self.config.optimizer_reset == "changed":
+        for name, mask in self.selection.regrown(old, update).items():
+            if update.drop:
+                tally.drop(params[name].detach(), mask)
+            if self.optimizer is not None and self.config.optimizer_reset != "none":
                 # Survivors and what grows now: everything that was masked starts from fresh moments.
                 clear_grown(unwrap(self.optimizer), params[name], old[name])
             self._set_mask(name, mask)
 
     def _gradients_are_finite(self, update: Update) -> bool:
-        if update.grow_by != "gradient":
-            return False  # not one for here: it is done by `advance`
         grads = [self.masks.params[n].grad for g in update.groups for n in self.groups[g].names]
         return all(bool(torch.isfinite(g).all()) for g in grads if g is not None)
 
@@ -286,7 +318,7 @@ class Sparsifier:
         mask = self.masks[name]
         if mask is None or self.optimizer is None:
             return
-        if self.config.optimizer_reset == "changed":
+        if self.config.optimizer_reset != "none":
             clear_pruned(unwrap(self.optimizer), self.masks.params[name], mask)
         self._mask_copies()
 

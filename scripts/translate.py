@@ -263,8 +263,8 @@ def make_sampler(train: Dataset, recipe: TranslationRecipe, args: Seq2SeqTrainin
 
 def count_steps(
     num_pairs: int, sampler: TokenBatchSampler | None, args: Seq2SeqTrainingArguments
-) -> tuple[int, Fraction]:
-    """Optimizer steps in all and per epoch, as the Trainer will count them."""
+) -> tuple[int, Fraction | None]:
+    """Optimizer steps in all and, unless `max_steps` sets them, per epoch, as the Trainer will count them."""
     batches = count_batches(num_pairs, args) if sampler is None else math.ceil(len(sampler) / args.world_size)
     return count_optimizer_steps(batches, args)
 

@@ -652,3 +652,9 @@ def test_a_prune_with_its_measures_needs_little_memory(dtype: torch.dtype, monke
     with PeakMemory(weight) as memory:
         run.prune_to_target()
     assert memory.peak < 2 * weight.nbytes
+    # So does one of a tensor that is sparse already, as in every ramp.
+    run.masks.set("0.weight", torch.ones_like(weight, dtype=torch.uint8))
+    run.levels[0] = 0.5
+    with PeakMemory(weight) as memory:
+        run.prune_to_target()
+    assert memory.peak < 2 * weight.nbytes

@@ -20,14 +20,21 @@ def build(config: GaPConfig, run: Run) -> Schedule:
     All phases are equally long but the last dense one, which is twice as long. These defaults are the paper's 100
     epochs on ImageNet: 10 dense, phases of 5, a last dense one of 10, and 15 at the end.
     """
-    warm_up = share_of(0.1 if config.dense_share is None else config.dense_share, run.total_steps)
-    end = fine_tune_start(config, run, default=0.15)
+    dense_share = 0.1 if config.dense_share is None else config.dense_share
+    warm_up, end = share_of(dense_share, run.total_steps), fine_tune_start(config, run, default=0.15)
+    if not 1 <= warm_up < end:
+        raise GaPError(
+            f"gap.dense_share: found {dense_share:g}, which is {warm_up} of {run.total_steps} optimizer steps; expected at "
+            f"least 1 step, and fewer than the {end} before the fine-tune"
+        )
     num_rounds = config.num_rounds or 7
     units = 2 * num_rounds + 1
-    if end - warm_up < units or warm_up < 1:
+    if end - warm_up < units:
+        fitting = (end - warm_up - 1) // 2
+        instead = f", or use num_rounds: {fitting}" if fitting >= 1 else ""
         raise GaPError(
-            f"gap.num_rounds: {num_rounds} rounds of AC/DC need at least 1 dense step and {units} more before the "
-            f"fine-tune, but there are {warm_up} and {end - warm_up}; train longer, or use fewer rounds"
+            f"gap.num_rounds: {num_rounds} rounds of AC/DC need {units} optimizer steps between the dense start and the "
+            f"fine-tune, but there are {end - warm_up}; train longer{instead}"
         )
     cuts = [warm_up + (end - warm_up) * i // units for i in range(units)]
     phases = [Phase(0, "initial", 0, 0, warm_up)]

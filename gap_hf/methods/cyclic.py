@@ -3,7 +3,7 @@
 The groups that wait for their turn come down from dense to the target over `ramp_share` (1) of the time before the
 fine-tune, and a grown group comes down over the last `prune_share` (0.5) of its phase. Both ramps are cubic, as in gradual
 magnitude pruning. With both shares at 0 it is the paper's schedule: waiting groups are at the target from the first step
-on, and a grown group is pruned all at once when its phase ends. docs/evidence.md has what the ramps are worth.
+on, and a grown group is pruned all at once when its phase ends. docs/lab-notebook.md has what the ramps are worth.
 """
 
 from __future__ import annotations

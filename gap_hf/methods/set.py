@@ -1,6 +1,8 @@
 """SET (Mocanu et al. 2018, arXiv 1707.04780): after each epoch drop the smallest live weights, grow as many at random.
 
-New weights start at 0, as everywhere in gap_hf; the paper draws them anew.
+The smallest are those of least magnitude; the paper takes the share of the smallest positive and of the largest negative
+weights each. New weights start at 0, as everywhere in gap_hf, where the paper draws them anew, and one that is dropped
+and drawn again at once keeps its value.
 """
 
 from __future__ import annotations
