@@ -19,7 +19,7 @@ from quality import QUALITY, ROOT, TIER, make_tier, run, write_tier
 # isort: split
 from _quality import runner as quality_runner
 from _quality.bootstrap import bleu_of
-from _quality.results import difference, is_done, read_result, result_path, unpack, write_json
+from _quality.results import code_hash, difference, is_done, read_result, result_path, unpack, write_json
 from _quality.runner import Runner, last_checkpoint
 from _quality.tier import load_tier
 
@@ -47,6 +47,22 @@ def test_the_cells_of_a_tier(tmp_path: Path) -> None:
     mine = by_name["mine-s50-seed2"].load()
     assert (mine.gap.method, mine.gap.sparsity, mine.training["seed"]) == ("cyclic", 0.5, 2)
     assert by_name["dense-seed1"].load().gap.is_off
+
+
+def test_what_tuning_chose_is_in_cells_and_makes_no_trial_another_one(tmp_path: Path) -> None:
+    chosen = {"gap": {"fine_tune_share": 0.4}, "training": {"learning_rate": 0.006}}
+    own = {"gap": {"dense_share": 0.1, "fine_tune_share": 0.3}}
+    before = make_tier(tmp_path, methods={**TIER["methods"], "gmp": own})
+    after = make_tier(tmp_path, methods={**TIER["methods"], "gmp": {**own, "chosen": chosen}})
+    assert [cell.identity() for cell in before.trials] == [cell.identity() for cell in after.trials]
+    assert after.trials[1].load().gap.fine_tune_share == 0.3
+    cells = [cell for cell in after.cells if cell.method == "gmp"]
+    assert {cell.extra for cell in cells} == {"", "budget", "structure"}
+    for cell in cells:
+        recipe = cell.load()
+        assert (recipe.gap.dense_share, recipe.gap.fine_tune_share) == (0.1, 0.4)
+        assert recipe.training["learning_rate"] == 0.006
+    assert next(cell for cell in after.cells if cell.method == "mine").load().gap.fine_tune_share is None
 
 
 def test_trials_never_see_the_test_set(tmp_path: Path) -> None:
@@ -95,6 +111,7 @@ def test_every_tier_is_planned(path: Path) -> None:
         ({"methods": {"gpm": None}}, "did you mean 'gmp'?"),
         ({"methods": {"gmp": {"gap": {"drop_fraction": 0.1}}}, "extras": None, "tune": None}, "does not use it"),
         ({"methods": {"gmp": {"gap": {"drop_fractoin": 0.1}}}, "extras": None, "tune": None}, "'drop_fraction'?"),
+        ({"methods": {"gmp": {"chosen": {"trainign": {}}}}, "extras": None, "tune": None}, "gmp.chosen: unknown key"),
         ({"extras": {"budget": {"methods": ["rigl"]}}}, "no method of this tier"),
         ({"extras": {"again": {"methods": ["gmp"]}}}, "two cells are called gmp-s80-seed1"),
     ],
@@ -206,6 +223,7 @@ def test_runs_are_recorded_and_not_repeated(call: Call, tmp_path: Path, capsys: 
     assert result is not None and str(tmp_path) not in json.dumps(result)
     assert result["dev"] == [{"step": 4, "bleu": 19.0, "loss": 2.0}]
     assert result["resumed_from"] is None and result["scored_pairs"] == 2
+    assert result["code_sha256"] == [code_hash()]
     assert unpack(result["sentence_statistics"]).tolist() == [[1, 0, 0, 0, 4, 3, 2, 1, 4, 4]] * 2
     assert not list((tmp_path / "runs").rglob("checkpoint-*"))  # they are large, and no longer needed
     before = (found / "gmp-s80-seed1.json").stat().st_mtime_ns
@@ -233,9 +251,11 @@ def test_a_failed_cell_does_not_stop_the_others(call: Call, tmp_path: Path, caps
 
 
 def test_an_interrupt_stops_the_children_and_the_next_call_goes_on(
-    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "runs" / "toy" / "gmp-s80-seed14"
+    sources = ["first"]
+    monkeypatch.setattr(quality_runner, "code_hash", lambda: sources[-1])
 
     def interrupt() -> None:
         while not (output / "checkpoint-2" / "trainer_state.json").is_file():
@@ -248,9 +268,16 @@ def test_an_interrupt_stops_the_children_and_the_next_call_goes_on(
     assert time.monotonic() - begin < 15
     assert "1 cells left" in capsys.readouterr().err
     assert last_checkpoint(output) == output / "checkpoint-2"
-    assert call("--only", "gmp-s80-*", seeds=[14], extras=None) == 0
-    result = read_result(tmp_path / "results" / "toy" / "gmp-s80-seed14.json")
-    assert result is not None and result["resumed_from"] == 2
+    assert json.loads(output.with_suffix(".identity.json").read_text())["code_sha256"] == ["first"]
+    path = tmp_path / "results" / "toy" / "gmp-s80-seed14.json"
+    # The sources of every part of the run, in order; those of a call that only writes its result are none.
+    for code in ("second", "third"):
+        sources.append(code)
+        assert call("--only", "gmp-s80-*", seeds=[14], extras=None) == 0
+        result = read_result(path)
+        assert result is not None and result["resumed_from"] == 2
+        assert result["code_sha256"] == ["first", "second"]
+        path.unlink()
 
 
 def test_only_a_checkpoint_of_the_same_run_is_resumed(call: Call, tmp_path: Path) -> None:

@@ -83,9 +83,15 @@ def is_done(results: Path, cell: Cell, *, redo: bool = False) -> bool:
 
 
 def make_result(
-    tier: Tier, identity: Mapping[str, Any], run: Mapping[str, Any], *, wall: float | None, resumed_from: int | None
+    tier: Tier,
+    identity: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    wall: float | None,
+    resumed_from: int | None,
+    code: Sequence[str],
 ) -> dict[str, Any]:
-    """The result file of a run from its results.json."""
+    """The result file of a run from its results.json. `code`: of every state of the sources it ran under, in order."""
     if run["scored"] != identity["scored"]:
         raise GaPError(f"results.json: scored on {run['scored']}, expected {identity['scored']}")
     keep = ("bleu", "chrf", "scored", "signatures", "sparsity", "model_sparsity", "num_params", "steps", "seconds")
@@ -106,7 +112,7 @@ def make_result(
         "resumed_from": resumed_from,
         "threads": tier.threads,
         "versions": run["versions"],
-        "code_sha256": code_hash(),
+        "code_sha256": list(code),
         "sentence_statistics": pack(run["sentence_statistics"]),
     }
 

@@ -13,6 +13,7 @@ from _quality.bootstrap import RESAMPLES, SEED, p_value, resampled_bleu
 from _quality.cell import Cell
 from _quality.results import difference, read_result, result_path, unpack
 from _quality.tier import Tier
+from _quality.trials import setting_rows, trial_rows
 from gap_hf.errors import GaPError
 
 Key = tuple[str, float | None, float, str]  # method, sparsity, multiple of the steps, variant
@@ -51,6 +52,7 @@ def build(tier: Tier, results: Path, *, resamples: int = RESAMPLES) -> dict[str,
     }
     _compare(rows, list(groups), means)
     first = found[names[0]]
+    trials = trial_rows(tier, results)
     return {
         "tier": tier.name,
         "title": tier.title,
@@ -69,10 +71,11 @@ def build(tier: Tier, results: Path, *, resamples: int = RESAMPLES) -> dict[str,
         "of_other_settings": others,
         "cpu_hours": sum(_whole_seconds(r) * r.get("threads", tier.threads) for r in found.values()) / 3600,
         "versions": sorted({" ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in found.values()}),
-        "code_sha256": sorted({r["code_sha256"] for r in found.values()}),
+        "code_sha256": sorted({code for r in found.values() for code in r["code_sha256"]}),
         "bootstrap": {"resamples": resamples, "seed": SEED},
         "rows": rows,
-        "trials": trial_rows(tier, results),
+        "settings": setting_rows(tier, trials),
+        "trials": trials,
     }
 
 
@@ -125,24 +128,6 @@ def _compare(rows: list[dict[str, Any]], keys: list[Key], means: dict[Key, np.nd
             best = max(rivals, key=lambda other: by_key[other]["bleu_mean"])
             row["best_other"] = by_key[best]["label"]
             row["p_best_other"] = p_value(row["bleu_mean"] - by_key[best]["bleu_mean"], means[key] - means[best])
-
-
-def trial_rows(tier: Tier, results: Path) -> list[dict[str, Any]]:
-    """The trials that settings were chosen by, with their BLEU on dev; None where one was not run."""
-    out = []
-    for cell in tier.trials:
-        found = read_result(result_path(results, cell))
-        same = found is not None and difference(found["identity"], cell.identity()) is None
-        base = tier.methods[cell.method].settings
-        changes = {
-            f"{section}.{key}": value
-            for section, values in cell.overrides.items()
-            for key, value in values.items()
-            if base.get(section, {}).get(key) != value and key not in ("score", "seed", "sparsity")
-        }
-        bleu = found["bleu"] if found is not None and same else None
-        out.append({"method": cell.method, "trial": cell.name, "changes": changes, "dev_bleu": bleu})
-    return out
 
 
 def _whole_seconds(result: dict[str, Any]) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from _quality.cell import ROOT, Cell
-from _quality.results import difference, make_result, result_path, write_json
+from _quality.results import code_hash, difference, make_result, result_path, write_json
 from _quality.tier import Tier
 from gap_hf.errors import GaPError
 
@@ -96,26 +96,28 @@ class Runner:
                 return self._fail(cell, "another process is running this cell")
             known = _read(folder / f"{cell.name}.identity.json")
             same = known is not None and difference(known["identity"], identity) is None
-            run = _read(output / "results.json") if same else None
-            step, wall = (known or {}).get("resumed_from") if same else None, None
+            started = dict(known) if known is not None and same else {}
+            run, wall = _read(output / "results.json") if same else None, None
             if run is None:
                 checkpoint = last_checkpoint(output) if same else None
-                if checkpoint is not None:
-                    step = int(checkpoint.name.split("-")[1])
-                elif not same:
-                    step = None
-                started = {"identity": identity, "resumed_from": step}
+                step = None if checkpoint is None else int(checkpoint.name.split("-")[1])
+                codes = [] if checkpoint is None else list(started.get("code_sha256", []))
+                # Now, not when the run ends: by then the sources may be others than it was started with.
+                if (code := code_hash()) not in codes[-1:]:
+                    codes.append(code)
+                started = {"identity": identity, "resumed_from": step, "code_sha256": codes}
                 write_json(folder / f"{cell.name}.identity.json", started)
-                code = self._process(cell, output, folder / f"{cell.name}.log", checkpoint, lock.fileno())
-                if self.stop.is_set() or (code != 0 and time.monotonic() >= self.deadline):
+                status = self._process(cell, output, folder / f"{cell.name}.log", checkpoint, lock.fileno())
+                if self.stop.is_set() or (status != 0 and time.monotonic() >= self.deadline):
                     with self._lock:
                         self.left.append(cell)
                     return None
-                run = _read(output / "results.json") if code == 0 else None
+                run = _read(output / "results.json") if status == 0 else None
                 if run is None:
-                    return self._fail(cell, f"exit code {code}", folder / f"{cell.name}.log")
+                    return self._fail(cell, f"exit code {status}", folder / f"{cell.name}.log")
                 wall = time.monotonic() - begin
-            result = make_result(self.tier, identity, run, wall=wall, resumed_from=step)
+            resumed_from, codes = started.get("resumed_from"), started.get("code_sha256", [])
+            result = make_result(self.tier, identity, run, wall=wall, resumed_from=resumed_from, code=codes)
             write_json(result_path(self.results, cell), result)
             for path in output.glob("checkpoint-*"):
                 shutil.rmtree(path, ignore_errors=True)

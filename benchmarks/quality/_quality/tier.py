@@ -17,17 +17,23 @@ TIER_KEYS = (
     *("recipe", "title", "sparsities", "seeds", "threads", "jobs", "steps_per_epoch"),
     *("methods", "extras", "tune", *SECTIONS),
 )
-METHOD_KEYS = ("label", "paper", "sparsities", *SECTIONS)
+METHOD_KEYS = ("label", "paper", "sparsities", "chosen", *SECTIONS)
 EXTRA_KEYS = ("methods", "sparsities", "seeds", "steps", "variants")
 TUNE_KEYS = ("seed", "sparsity", "trials")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
+    """Trials change `settings`; cells have `chosen` on top of them, which is what the trials came to. So writing that
+    down makes no trial another one.
+    """
+
     label: str
     paper: str
     sparsities: list[float | None]
-    settings: Settings
+    settings: Settings  # the tier's and the method's own
+    own: Settings  # of these, the method's own
+    chosen: Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +65,25 @@ def load_tier(path: Path) -> Tier:
     for name, values in _get(path, found, "methods", dict).items():
         values = values or {}
         _check_names(f"methods.{name}", values, METHOD_KEYS)
-        settings = _merge(tier_settings, _sections(f"methods.{name}.", values))
-        if "method" not in _sections("", values).get("gap", {}):
+        own = _sections(f"methods.{name}.", values)
+        chosen = values.get("chosen") or {}
+        _check_names(f"methods.{name}.chosen", chosen, SECTIONS)
+        settings = _merge(tier_settings, own)
+        if "method" not in own.get("gap", {}):
             if name not in METHODS:
                 raise GaPError(
                     f"methods.{name}: no method of gap_hf, and gap.method is not set{nearest(name, METHODS)}"
                 )
             settings = _merge(settings, {"gap": {"method": name}})
         dense = settings["gap"]["method"] == "dense"
-        own = values.get("sparsities", found.get("sparsities"))
+        sparsities = values.get("sparsities", found.get("sparsities"))
         methods[name] = Method(
             label=str(values.get("label", name)),
             paper=str(values.get("paper", "")),
-            sparsities=[None] if dense else _numbers(f"methods.{name}.sparsities", own),
+            sparsities=[None] if dense else _numbers(f"methods.{name}.sparsities", sparsities),
             settings=settings,
+            own=own,
+            chosen=_sections(f"methods.{name}.chosen.", chosen),
         )
     seeds = _numbers("seeds", found.get("seeds"))
     common = {"tier": path.stem, "recipe": recipe}
@@ -116,9 +127,11 @@ def _cell(
     steps: float = 1,
     extra: str = "",
     variant: str = "",
+    tuned: bool = True,
     changes: Settings | None = None,
 ) -> Cell:
-    settings = _merge(methods[method].settings, changes or {})
+    settings = _merge(methods[method].settings, methods[method].chosen if tuned else {})
+    settings = _merge(settings, changes or {})
     settings = _merge(settings, {"gap": {"sparsity": sparsity}, "training": {"seed": seed}})
     if steps != 1:
         settings = _merge(settings, {"training": _scaled(base, settings, steps)})
@@ -202,7 +215,8 @@ def _trials(base: Mapping[str, Any], methods: Mapping[str, Method], tune: Any, c
         for number, changes in enumerate(trials, 1):
             _check_names(f"tune.trials.{name}[{number}]", changes, SECTIONS)
             changes = _merge(_sections("", changes), {"data": {"score": "dev"}})
-            cell = _cell(base, methods, name, sparsity, tune.get("seed"), common, extra="tune", changes=changes)
+            where = (base, methods, name, sparsity, tune.get("seed"), common)
+            cell = _cell(*where, extra="tune", tuned=False, changes=changes)
             values = {**vars(cell), "name": f"{name}-{number}", "variant": str(number), "score": "dev"}
             out.append(Cell(**values))
     return out
