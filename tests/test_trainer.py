@@ -133,6 +133,29 @@ def _files(folder: Path) -> list[str]:
 # --- on --------------------------------------------------------------------------------------------------------------
 
 
+# Masks that change inside a phase too: on ramps, by gradient, at random; and the whole model at once.
+METHODS: dict[str, GaPConfig] = {
+    "softened": GaPConfig(sparsity=0.9, num_partitions=2, update_steps=2),
+    "gmp": GaPConfig(sparsity=0.9, method="gmp", update_steps=3),
+    "rigl": GaPConfig(sparsity=0.9, method="rigl", update_steps=3),
+    "mest": GaPConfig(sparsity=0.9, method="mest", update_steps=3),
+    "acdc": GaPConfig(sparsity=0.9, method="acdc", num_rounds=3),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_method_through_the_trainer(tmp_path: Path, method: str) -> None:
+    trainer, watch = watched(tmp_path, config=METHODS[method], gradient_accumulation_steps=3)
+    trainer.train()
+    assert_at_target(trainer)
+    assert trainer.gap.num_done == len(trainer.gap.plan.updates) > 1
+    changes = [e for e in trainer.state.log_history if "gap_sparsity" in e]
+    assert {e["step"] for e in changes} == {0} | {u.step for u in trainer.gap.plan.updates} | {
+        p.start for p in trainer.gap.plan.phases
+    }
+    assert watch.steps == list(range(1, 21))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ends_at_exactly_the_target(tmp_path: Path, kind: str) -> None:
     trainer, watch = watched(tmp_path, kind=kind)
@@ -219,12 +242,14 @@ def test_clipping_sees_live_gradients_only(tmp_path: Path) -> None:
     assert logged == pytest.approx([n for n, _ in norms], rel=1e-6)
 
 
-def test_accumulation_of_micro_batches_equals_one_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [CONFIG, METHODS["softened"], METHODS["rigl"]], ids=["paper", "softened", "rigl"])
+def test_accumulation_of_micro_batches_equals_one_batch(tmp_path: Path, config: GaPConfig) -> None:
     runs = []
     for name, sizes in (("1x8", (8, 1)), ("4x2", (2, 4))):
         batch, accumulate = sizes
         trainer = gap_trainer(
             tmp_path / name,
+            config=config,
             model=causal_lm(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulate,
@@ -246,9 +271,10 @@ def test_torch_compile_keeps_names_and_zeros(tmp_path: Path) -> None:
     assert not any("_orig_mod" in name for name in trainer.gap.weights)
 
 
-def test_skipped_steps_of_a_gradient_scaler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [CONFIG, METHODS["softened"], METHODS["rigl"]], ids=["paper", "softened", "rigl"])
+def test_skipped_steps_of_a_gradient_scaler(tmp_path: Path, config: GaPConfig) -> None:
     """There is no fp16 on a CPU: a stand-in optimizer wrapper skips updates as the scaler does."""
-    trainer, watch = watched(tmp_path)
+    trainer, watch = watched(tmp_path, config=config)
     trainer.create_optimizer()
     inner = trainer.optimizer
     step, skipped = inner.step, []
@@ -293,8 +319,11 @@ class Falling:
 FALLING = {"load_best_model_at_end": True, "metric_for_best_model": "falling", "greater_is_better": True, **EVALUATED}
 
 
-def test_best_model_is_one_at_the_target(tmp_path: Path) -> None:
-    trainer = gap_trainer(tmp_path, eval_dataset=Tokens(8), compute_metrics=Falling(), save_total_limit=2, **FALLING)
+@pytest.mark.parametrize("config", [CONFIG, METHODS["softened"], METHODS["gmp"]], ids=["paper", "softened", "gmp"])
+def test_best_model_is_one_at_the_target(tmp_path: Path, config: GaPConfig) -> None:
+    trainer = gap_trainer(
+        tmp_path, config=config, eval_dataset=Tokens(8), compute_metrics=Falling(), save_total_limit=2, **FALLING
+    )
     trainer.train()
     first = next(s for s in range(2, 21, 2) if s >= trainer.gap.plan.fine_tune.start)
     assert trainer.state.best_global_step == first
@@ -363,8 +392,9 @@ def test_a_run_stopped_midway_says_so_and_prunes_on_request(tmp_path: Path, capl
     assert json.loads((tmp_path / "saved/gap_config.json").read_text())["at_target"]
 
 
-def test_prune_if_stopped(tmp_path: Path) -> None:
-    trainer = gap_trainer(tmp_path, config=CONFIG.replace(prune_if_stopped=True), callbacks=[StopAt(7)])
+@pytest.mark.parametrize("config", [CONFIG, *METHODS.values()], ids=["paper", *METHODS])
+def test_prune_if_stopped(tmp_path: Path, config: GaPConfig) -> None:
+    trainer = gap_trainer(tmp_path, config=config.replace(prune_if_stopped=True), callbacks=[StopAt(7)])
     trainer.train()
     assert_at_target(trainer)
 
