@@ -82,7 +82,7 @@ def test_trials_never_see_the_test_set(tmp_path: Path) -> None:
 def test_every_tier_is_planned(path: Path) -> None:
     """Every cell and trial has a valid recipe; one of each kind is planned on the meta device."""
     tier = load_tier(path)
-    assert len(tier.cells) >= 11
+    assert {"dense", "gmp", "rigl", "acdc", "cyclic"} <= {cell.method for cell in tier.cells}
     lengths = set()
     for cell in tier.cells + tier.trials:
         recipe = cell.load()
