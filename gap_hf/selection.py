@@ -64,11 +64,11 @@ class Selection:
             out.update(self._largest(values, pool, keep, self.pattern, within if len(within) == len(pool) else None))
         return out
 
-    def at_random(self, name: str, level: float = 1.0, *, draw: str = "initial mask") -> Tensor:
-        """From (seed, draw, name) and a generator of its own: equal on every rank, and no draw from the global one."""
+    def at_random(self, name: str, level: float = 1.0) -> Tensor:
+        """A first mask, from (seed, name) and a generator of its own: equal on every rank, and no draw from the global one."""
         weight = self.weights[name]
         keep = self._keep([name], level, self._counts[name])
-        return random_mask(weight.shape, self.pattern, keep, weight.layout, self._generator(name, draw))
+        return random_mask(weight.shape, self.pattern, keep, weight.layout, self._generator(name, "initial mask"))
 
     def regrown(self, masks: Mapping[str, Tensor], update: Update) -> dict[str, Tensor]:
         """New masks after the drop and the growth of an update.

@@ -151,7 +151,7 @@ class Sparsifier:
         """Zero masked weights, and the optimizer's own copies of them. Call after every optimizer step."""
         self.masks.apply_to_weights()
         if self.optimizer is not None:
-            self._mask_copies()
+            self._mask_copies(self.masks.sparse_params())
 
     def prune_to_target(self) -> float | None:
         """Prune whatever is not at its target, for a run that ends before its fine-tune. Returns the pruning error."""
@@ -320,12 +320,12 @@ class Sparsifier:
             return
         if self.config.optimizer_reset != "none":
             clear_pruned(unwrap(self.optimizer), self.masks.params[name], mask)
-        self._mask_copies()
+        self._mask_copies([(self.masks.params[name], mask)])
 
     @torch.no_grad()
-    def _mask_copies(self) -> None:
+    def _mask_copies(self, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         optimizer = unwrap(self.optimizer)
-        for param, mask in self.masks.sparse_params():
+        for param, mask in sparse:
             for copy in weight_copies(optimizer, param):
                 copy.mul_(mask)
 
