@@ -191,6 +191,7 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
             **sparsity_of(trainer, model),
             "steps": trainer.state.global_step,
             "seconds": round(train_seconds, 1),
+            "cpu_seconds": round(time.process_time(), 1),  # of this process, start and scoring included
             "dev": [entry for entry in trainer.state.log_history if "eval_bleu" in entry],
             "versions": {m.__name__: m.__version__ for m in (gap_hf, torch, transformers)},
             "cost": cost,

@@ -94,7 +94,10 @@ def make_result(
     """The result file of a run from its results.json. `code`: of every state of the sources it ran under, in order."""
     if run["scored"] != identity["scored"]:
         raise GaPError(f"results.json: scored on {run['scored']}, expected {identity['scored']}")
-    keep = ("bleu", "chrf", "scored", "signatures", "sparsity", "model_sparsity", "num_params", "steps", "seconds")
+    keep = (
+        *("bleu", "chrf", "scored", "signatures", "sparsity", "model_sparsity"),
+        *("num_params", "steps", "seconds", "cpu_seconds"),
+    )
     return {
         "identity": dict(identity),
         **{key: run[key] for key in keep if key in run},

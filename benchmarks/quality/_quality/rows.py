@@ -69,7 +69,7 @@ def build(tier: Tier, results: Path, *, resamples: int = RESAMPLES) -> dict[str,
         "finished": len(found),
         "missing": [cell.name for cell in tier.cells if cell.name not in found and cell.name not in others],
         "of_other_settings": others,
-        "cpu_hours": sum(_whole_seconds(r) * r.get("threads", tier.threads) for r in found.values()) / 3600,
+        "cpu_hours": sum(_cpu_seconds(r, tier.threads) for r in found.values()) / 3600,
         "versions": sorted({" ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in found.values()}),
         "code_sha256": sorted({code for r in found.values() for code in r["code_sha256"]}),
         "bootstrap": {"resamples": resamples, "seed": SEED},
@@ -134,6 +134,13 @@ def _whole_seconds(result: dict[str, Any]) -> float:
     """A resumed run timed its last part; the rest is taken to have gone at the same pace."""
     resumed = result.get("resumed_from") or 0
     return result["seconds"] * result["steps"] / max(1, result["steps"] - resumed)
+
+
+def _cpu_seconds(result: dict[str, Any], threads: int) -> float:
+    """As the process counted them if it ran in one go; else what its threads had at most."""
+    if "cpu_seconds" in result and result.get("resumed_from") is None:
+        return result["cpu_seconds"]
+    return _whole_seconds(result) * result.get("threads", threads)
 
 
 def _mean(values: Sequence[float]) -> float | None:
