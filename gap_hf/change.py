@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gap_hf.patterns import CHUNK
-from gap_hf.phases import Phase
+from gap_hf.phases import Phase, Update
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ class Tally:
         self._norm: list[float] = []
         self._dropped: list[float] = []
         self._overlap = self._union = 0
+
+    def note(self, update: Update) -> None:
+        """Note which groups an update prunes and grows; an exchange is both."""
+        if update.prune_to is not None or update.drop:
+            self.pruned.update(update.groups)
+        if update.grow_to is not None:
+            self.grown.update(update.groups)
 
     def drop(self, param: Tensor, mask: Tensor) -> None:
         """Note what a mask will take from a weight, which it has not yet been applied to."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gap_hf.config import GaPConfig
+from gap_hf.distributed import all_objects
 from gap_hf.errors import GaPError
 from gap_hf.masks import pack_bits, unpack_bits
+from gap_hf.phases import PARALLEL
 from gap_hf.plan import Plan
+from gap_hf.replica import Replica, load_replica, save_replica
 from gap_hf.sparsifier import Sparsifier
 
 CONFIG_NAME = "gap_config.json"
@@ -42,10 +46,14 @@ class GaPState:
     previous: dict[str, Tensor]
     levels: tuple[float, ...]
     num_done: int
+    replicas: dict[str, str]  # file of each worker's replica to its SHA-256, where they were apart
 
 
-def save(folder: str | Path, sparsifier: Sparsifier, *, step: int) -> None:
-    """Write the two files into `folder`, which is made if need be; each is complete or absent."""
+def save(folder: str | Path, sparsifier: Sparsifier, *, step: int, replicas: Mapping[str, str] | None = None) -> None:
+    """Write the two files into `folder`, which is made if need be; each is complete or absent.
+
+    `replicas` is what `save_replicas` gave.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     masks = {name: sparsifier.masks[name] for name in sparsifier.weights}
@@ -75,11 +83,54 @@ def save(folder: str | Path, sparsifier: Sparsifier, *, step: int) -> None:
             for weight in sparsifier.weights.values()
         ],
         "plan": sparsifier.plan.to_dict(),
+        **({"replicas": dict(replicas)} if replicas else {}),
     }
     config_file = folder / f".{CONFIG_NAME}.part"
     config_file.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     os.replace(masks_file, folder / MASKS_NAME)
     os.replace(config_file, folder / CONFIG_NAME)
+
+
+def save_replicas(folder: str | Path, sparsifier: Sparsifier) -> dict[str, str]:
+    """Write the replicas of P-GaP's workers while they are apart. Every process has to call it; one of each worker writes.
+
+    Returns:
+        Each file's name and SHA-256, on every process.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    written: dict[str, str] = {}
+    for worker, replica in sparsifier.workers.replicas(sparsifier).items():
+        path = Path(folder) / replica_name(worker)
+        save_replica(path, replica)
+        written[path.name] = _sha256(path)
+    return {name: digest for of_process in all_objects(written) for name, digest in of_process.items()}
+
+
+def load_replicas(folder: str | Path, state: GaPState, sparsifier: Sparsifier) -> None:
+    """Give the workers back what `save_replicas` wrote; nothing to do where their replicas were not apart.
+
+    Raises:
+        GaPError: if a file is missing, was changed, or is not of this model.
+    """
+    if state.plan.phase_at(state.step).kind != PARALLEL:
+        return
+    found: dict[int, Replica] = {}
+    for worker in sparsifier.workers.held:
+        name = replica_name(worker)
+        path = Path(folder) / name
+        if name not in state.replicas or not path.is_file():
+            raise GaPError(
+                f"{folder}: was saved in the middle of a parallel round without {name}, so no exact resume is possible; "
+                "resume from a checkpoint of a fine-tune, or save with save_only_model: false on a folder that every process sees"
+            )
+        if _sha256(path) != state.replicas[name]:
+            raise GaPError(f"{path}: SHA-256 is not what {CONFIG_NAME} records; the file was changed")
+        found[worker] = load_replica(path, sparsifier)
+    sparsifier.workers.adopt(sparsifier, found)
+
+
+def replica_name(worker: int) -> str:
+    return f"gap_worker_{worker}.safetensors"
 
 
 def load(folder: str | Path) -> GaPState:
@@ -137,6 +188,7 @@ def load(folder: str | Path) -> GaPState:
         previous=previous,
         levels=tuple(float(level) for level in levels),
         num_done=num_done,
+        replicas=_digests(folder, header.get("replicas", {})),
     )
 
 
@@ -205,6 +257,12 @@ def _read_header(path: Path) -> dict[str, Any]:
         if not valid:
             raise GaPError(f"{path}: 'weights' holds {entry!r}, expected name, shape, live and dense")
     return header
+
+
+def _digests(folder: Path, found: Any) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(v, str) for pair in found.items() for v in pair):
+        raise GaPError(f"{folder / CONFIG_NAME}: 'replicas' is {found!r}, expected file names and digests")
+    return found
 
 
 def _sha256(path: Path) -> str:

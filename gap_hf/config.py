@@ -31,10 +31,13 @@ OPTIMIZER_RESETS = ("changed", "all", "none")
 LR_SCHEDULES = ("whole", "restart")
 LR_PEAKS = ("constant", "linear", "cosine", "step")
 PARTITIONS = ("balanced", "random")
+WORKERS = ("processes", "sequential")
 
 # How a method lays itself out over training. None means the method's own default; what it does not use is refused.
 SCHEDULE_KEYS = (
     "num_rounds",
+    "cyclic_rounds",
+    "workers",
     "phase_steps",
     "phase_epochs",
     "fine_tune_share",
@@ -107,11 +110,16 @@ class GaPConfig:
     Args:
         sparsity: Target share of zeros of the prunable weights, 0 < s < 1. May be left out where the pattern
             implies it (``2:4`` is 0.5).
-        method: ``cyclic`` (C-GaP), ``random`` (each phase draws its tensors anew), one of the baselines
+        method: ``cyclic`` (C-GaP), ``random`` (each phase draws its tensors anew), ``parallel`` (P-GaP: every
+            group at the same time, each grown by its own worker, `gap_hf.methods.parallel`), one of the baselines
             ``static``, ``oneshot``, ``gmp``, ``set``, ``rigl``, ``acdc`` and ``mest`` (each in its file of
             `gap_hf.methods`), or ``dense`` (off: the trainer is then Trainer, bit for bit).
         num_partitions: The paper's kappa, the number of groups the prunable weights are split into.
         num_rounds: How often every group is grown and pruned.
+        cyclic_rounds: Under ``parallel``: rounds of C-GaP after `num_rounds` of P-GaP (0).
+        workers: Under ``parallel``: ``processes`` (the default: a multiple of `num_partitions` processes make as many
+            worker groups), or ``sequential``: one process trains all replicas, one micro-batch each in turn, so
+            `gradient_accumulation_steps` has to be a multiple of `num_partitions`. Both give the same model.
         phase_steps: Length of a phase in optimizer steps.
         phase_epochs: The same in epochs, fractions allowed.
         fine_tune_share: Share of the optimizer steps left to the fine-tune, 0 < share < 1: in every method
@@ -153,6 +161,8 @@ class GaPConfig:
     method: str = "cyclic"
     num_partitions: int = 3
     num_rounds: int | None = None
+    cyclic_rounds: int | None = None
+    workers: str | None = None
     phase_steps: int | None = None
     phase_epochs: float | None = None
     fine_tune_share: float | None = None
@@ -183,6 +193,9 @@ class GaPConfig:
                 raise GaPError(f"gap.{name}: found {getattr(self, name)!r}, expected true or false")
         for name in ("num_partitions", "num_rounds", "phase_steps", "update_steps"):
             check_int(name, getattr(self, name), low=1, optional=name != "num_partitions")
+        check_int("cyclic_rounds", self.cyclic_rounds, low=0, optional=True)
+        if self.workers is not None:
+            check_choice("workers", self.workers, WORKERS)
         check_int("seed", self.seed, low=0, optional=True)
         check_number("phase_epochs", self.phase_epochs, 0, math.inf)
         check_number("fine_tune_share", self.fine_tune_share, 0, 1)

@@ -72,10 +72,12 @@ class Masks:
         total = sum(self.params[n].numel() for n in names)
         return 1.0 - sum(self.live(n) for n in names) / total
 
-    def digest(self) -> str:
-        """SHA-256 over names, shapes and bits: equal on two machines exactly if their masks are equal."""
+    def digest(self, names: Sequence[str] | None = None) -> str:
+        """SHA-256 over names, shapes and bits of the named tensors (all by default): equal on two machines exactly if their
+        masks are equal.
+        """
         sha = hashlib.sha256()
-        for name in sorted(self._masks):
+        for name in sorted(self._masks if names is None else names):
             mask = self._masks[name]
             sha.update(f"{name}:{tuple(self.params[name].shape)}:{'dense' if mask is None else 'sparse'};".encode())
             if mask is not None:

@@ -13,6 +13,9 @@ from math import floor
 from gap_hf.config import DEFAULT_FINE_TUNE_SHARE, DEFAULT_NUM_ROUNDS, GaPConfig
 from gap_hf.errors import GaPError
 
+# In a phase of this kind every worker trains a replica of its own, with its own group dense.
+PARALLEL = "parallel"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -43,6 +46,8 @@ class Update:
         drop: Then drop this share of the live weights, the smallest first.
         grow_to: Then grow back to this level; 0 makes the groups dense.
         grow_by: Which weights grow, unless all: ``random``, or those of the largest ``gradient``.
+        worker: The one worker whose replica it changes; None for all of them.
+        merge: Do nothing of that but make one model of the workers' replicas, each group at its own worker's level.
     """
 
     step: int
@@ -51,10 +56,12 @@ class Update:
     drop: float = 0.0
     grow_to: float | None = None
     grow_by: str = "random"
+    worker: int | None = None
+    merge: bool = False
 
     @property
     def level(self) -> float:
-        """The level after it."""
+        """The level after it; a merge has none of its own."""
         level = self.prune_to if self.grow_to is None else self.grow_to
         assert level is not None
         return level
@@ -91,8 +98,37 @@ def round_half_up(value: Fraction) -> int:
     return floor(value + Fraction(1, 2))
 
 
-def phase_ends(config: GaPConfig, *, total_steps: int, steps_per_epoch: Fraction | None = None) -> list[int]:
-    """Ends of the ``1 + num_rounds * num_partitions`` phases before the fine-tune, which runs on to `total_steps`.
+@dataclass(frozen=True)
+class Layout:
+    """How many phases a method has before its fine-tune: ``fixed + per_round * num_rounds``.
+
+    `shape` says so in words, for errors, with `{rounds}` in it.
+    """
+
+    fixed: int
+    per_round: int
+    shape: str
+
+    def num_phases(self, num_rounds: int) -> int:
+        return self.fixed + self.per_round * num_rounds
+
+    def num_rounds(self, num_phases: int) -> int:
+        """The rounds that so many phases hold; below 1 if they hold none."""
+        return (num_phases - self.fixed) // self.per_round
+
+    def words(self, num_rounds: int) -> str:
+        return self.shape.format(rounds=f"{num_rounds} round{'s' if num_rounds > 1 else ''}")
+
+
+def cyclic_layout(config: GaPConfig) -> Layout:
+    """One phase, then `num_partitions` a round."""
+    return Layout(1, config.num_partitions, f"one phase, {{rounds}} of {config.num_partitions} phases")
+
+
+def phase_ends(
+    config: GaPConfig, layout: Layout, *, total_steps: int, steps_per_epoch: Fraction | None = None
+) -> list[int]:
+    """Ends of the phases before the fine-tune, which runs on to `total_steps`.
 
     Rounds and share given: the share is rounded to steps and the rest is cut into phases that differ by at most
     one step. A length given: phases have it (to within the rounding of fractional epochs) and what is left over
@@ -102,44 +138,40 @@ def phase_ends(config: GaPConfig, *, total_steps: int, steps_per_epoch: Fraction
         GaPError: if a phase or the fine-tune would be empty; says the shortest training that works.
     """
     length = _phase_length(config, steps_per_epoch)
-    share = config.fine_tune_share
+    share = Fraction(str(DEFAULT_FINE_TUNE_SHARE if config.fine_tune_share is None else config.fine_tune_share))
     if length is None:
-        num_rounds = config.num_rounds or DEFAULT_NUM_ROUNDS
-        share = Fraction(str(share if share is not None else DEFAULT_FINE_TUNE_SHARE))
-        return _even_ends(config, num_rounds, share, total_steps)
+        return _even_ends(layout, config.num_rounds or DEFAULT_NUM_ROUNDS, share, total_steps)
     if config.num_rounds is not None:
-        return _ends_of_length(config, config.num_rounds, length, total_steps)
-    share = Fraction(str(share if share is not None else DEFAULT_FINE_TUNE_SHARE))
-    budget = _budget(share, total_steps)
-    num_rounds = (_count_phases(length, budget) - 1) // config.num_partitions
+        return _ends_of_length(config, layout, config.num_rounds, length, total_steps)
+    num_rounds = layout.num_rounds(_count_phases(length, _budget(share, total_steps)))
     if num_rounds < 1:
-        first_round_end = round_half_up(length * (1 + config.num_partitions))
+        needed = round_half_up(length * layout.num_phases(1))
         raise GaPError(
-            f"gap.{_length_key(config)}: one round of {config.num_partitions} phases of {_show(length)} steps, one phase "
-            f"before it and a fine-tune of {float(share):g} need at least {_shortest(share, first_round_end)} "
-            f"optimizer steps, but training has {total_steps}"
+            f"gap.{_length_key(config)}: {layout.words(1)} of {_show(length)} steps and a fine-tune of "
+            f"{float(share):g} need at least {_shortest(share, needed)} optimizer steps, but training has {total_steps}"
         )
-    return [round_half_up(length * (i + 1)) for i in range(1 + num_rounds * config.num_partitions)]
+    return [round_half_up(length * (i + 1)) for i in range(layout.num_phases(num_rounds))]
 
 
-def _even_ends(config: GaPConfig, num_rounds: int, share: Fraction, total_steps: int) -> list[int]:
-    count = 1 + num_rounds * config.num_partitions
+def _even_ends(layout: Layout, num_rounds: int, share: Fraction, total_steps: int) -> list[int]:
+    count = layout.num_phases(num_rounds)
     budget = _budget(share, total_steps)
     if budget < count:
-        fitting = (budget - 1) // config.num_partitions
+        fitting = layout.num_rounds(budget)
         instead = f", or use num_rounds: {fitting}" if fitting >= 1 else ""
         raise GaPError(
-            f"gap.num_rounds: {num_rounds} rounds of {config.num_partitions} phases, one phase before them and a fine-tune "
-            f"of {float(share):g} need at least {_shortest(share, count)} optimizer steps, but training has "
-            f"{total_steps}; train longer{instead}"
+            f"gap.num_rounds: {layout.words(num_rounds)} and a fine-tune of {float(share):g} need at least "
+            f"{_shortest(share, count)} optimizer steps, but training has {total_steps}; train longer{instead}"
         )
     return [budget * (i + 1) // count for i in range(count)]
 
 
-def _ends_of_length(config: GaPConfig, num_rounds: int, length: Fraction, total_steps: int) -> list[int]:
-    ends = [round_half_up(length * (i + 1)) for i in range(1 + num_rounds * config.num_partitions)]
+def _ends_of_length(
+    config: GaPConfig, layout: Layout, num_rounds: int, length: Fraction, total_steps: int
+) -> list[int]:
+    ends = [round_half_up(length * (i + 1)) for i in range(layout.num_phases(num_rounds))]
     if ends[-1] >= total_steps:
-        fitting = (_count_phases(length, total_steps - 1) - 1) // config.num_partitions
+        fitting = layout.num_rounds(_count_phases(length, total_steps - 1))
         instead = f", or use num_rounds: {fitting}" if fitting >= 1 else ""
         raise GaPError(
             f"gap.{_length_key(config)}: {len(ends)} phases of {_show(length)} steps and a fine-tune need at least "

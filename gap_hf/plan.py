@@ -15,7 +15,7 @@ from typing import Any
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.methods import check_uses, get_method
-from gap_hf.phases import Phase, Run, Update
+from gap_hf.phases import PARALLEL, Phase, Run, Update
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,13 @@ class Plan:
         assert all(a.end == b.start for a, b in zip(self.phases, self.phases[1:], strict=False))
         assert all(phase.num_steps > 0 for phase in self.phases)
         steps = [u.step for u in self.updates]
-        assert steps == sorted(steps) and all(0 < step <= self.fine_tune.start for step in steps)
+        assert steps == sorted(steps)
+        # Masks before the first step are the first levels', but for what one worker alone does to its replica.
+        assert all((u.step > 0 or u.worker is not None) and u.step <= self.fine_tune.start for u in self.updates)
         assert all(g in range(self.num_groups) for u in self.updates for g in u.groups)
-        assert all(0 <= level <= 1 for level in (*self.first_levels, *(u.level for u in self.updates)))
+        assert all(0 <= level <= 1 for level in (*self.first_levels, *(u.level for u in self.updates if not u.merge)))
         assert all(level == 1 for level in self.levels_at(self.fine_tune.start)), "the fine-tune is at the target"
+        assert self.num_workers in (1, self.num_groups), "each worker has the group of its number"
 
     @property
     def num_groups(self) -> int:
@@ -65,39 +68,59 @@ class Plan:
         phase = self.phase_at(step)
         return phase if phase.start == step else None
 
-    def levels_at(self, step: int) -> tuple[float, ...]:
-        """Level of each group in optimizer step `step`, all updates up to it done."""
-        return self._levels[bisect.bisect_right(self._times, step) - 1]
+    @cached_property
+    def num_workers(self) -> int:
+        """Workers that train replicas of their own in the parallel phases; 1 where there are none."""
+        return self.num_groups if any(phase.kind == PARALLEL for phase in self.phases) else 1
+
+    def levels_at(self, step: int, worker: int = 0) -> tuple[float, ...]:
+        """Level of each group in optimizer step `step`, all updates up to it done, in the replica of `worker`."""
+        return self._levels[max(0, bisect.bisect_right(self._times, step) - 1)][worker]
 
     @cached_property
     def _times(self) -> list[int]:
         return [0, *sorted({u.step for u in self.updates})]
 
     @cached_property
-    def _levels(self) -> list[tuple[float, ...]]:
-        """Levels from each of `_times` on."""
-        levels = list(self.first_levels)
-        out = [tuple(levels)]
-        for i, update in enumerate(self.updates):
-            for group in update.groups:
-                levels[group] = update.level
-            if i + 1 == len(self.updates) or self.updates[i + 1].step > update.step:
-                out.append(tuple(levels))
+    def _levels(self) -> list[list[tuple[float, ...]]]:
+        """Levels of every worker's replica from each of `_times` on."""
+        replicas = [list(self.first_levels) for _ in range(self.num_workers)]
+        out: list[list[tuple[float, ...]]] = []
+        done = 0
+        for time in self._times:
+            while done < len(self.updates) and self.updates[done].step <= time:
+                update = self.updates[done]
+                if update.merge:
+                    own = [replicas[group][group] for group in range(self.num_groups)]
+                    replicas = [list(own) for _ in replicas]
+                for levels in replicas if update.worker is None else [replicas[update.worker]]:
+                    for group in () if update.merge else update.groups:
+                        levels[group] = update.level
+                done += 1
+            out.append([tuple(levels) for levels in replicas])
         return out
 
     def grown(self, phase: Phase) -> tuple[int, ...]:
-        """The groups that are dense when a phase begins."""
-        return tuple(g for g, level in enumerate(self.levels_at(phase.start)) if level == 0)
+        """The groups that are dense when a phase begins, in the replica of some worker."""
+        levels = [self.levels_at(phase.start, worker) for worker in range(self.num_workers)]
+        return tuple(g for g in range(self.num_groups) if any(of_worker[g] == 0 for of_worker in levels))
 
     def live_share(self, phase: Phase, sizes: Sequence[int], densities: Sequence[float]) -> float:
-        """Share of live prunable weights, averaged over a phase, from each group's size and its density at the target."""
+        """Share of live prunable weights, averaged over a phase and the workers' replicas, from each group's size and its
+        density at the target.
+        """
 
-        def share(levels: Sequence[float]) -> float:
-            live = sum(n * (1 - level * (1 - d)) for n, level, d in zip(sizes, levels, densities, strict=True))
-            return live / sum(sizes)
+        def share(step: int) -> float:
+            replicas = [self.levels_at(step, worker) for worker in range(self.num_workers)]
+            live = sum(
+                n * (1 - level * (1 - d))
+                for levels in replicas
+                for n, level, d in zip(sizes, levels, densities, strict=True)
+            )
+            return live / (len(replicas) * sum(sizes))
 
         times = [phase.start, *(t for t in self._times if phase.start < t < phase.end), phase.end]
-        return sum(share(self.levels_at(a)) * (b - a) for a, b in itertools.pairwise(times)) / phase.num_steps
+        return sum(share(a) * (b - a) for a, b in itertools.pairwise(times)) / phase.num_steps
 
     def average_live_share(self, sizes: Sequence[int], densities: Sequence[float]) -> float:
         """Live share averaged over all optimizer steps: the training density of the prunable set."""

@@ -44,6 +44,8 @@ def check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
             f"training.optim: '{optim}' updates weights inside backward, before their gradients can be masked; expected "
             "one that steps after it, such as adamw_torch_fused or adafactor"
         )
+    if config.method == "parallel":
+        _check_parallel(args, config, optim)
     if config.phase_epochs is not None and args.max_steps > 0:
         raise GaPError(
             "gap.phase_epochs: training is set by max_steps, not by epochs; expected gap.phase_steps, or num_train_epochs"
@@ -52,4 +54,34 @@ def check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
         raise GaPError(
             f"gap.phase_epochs: num_train_epochs is {args.num_train_epochs:g}, less than the one that its length is "
             "measured by; expected phase_steps"
+        )
+
+
+def _check_parallel(args: TrainingArguments, config: GaPConfig, optim: str) -> None:
+    num = config.num_partitions
+    if config.workers == "sequential":
+        if args.world_size > 1:
+            raise GaPError(
+                f"gap.workers: 'sequential' trains all replicas in one process, found {args.world_size} processes; expected 1, or "
+                "workers: processes"
+            )
+        if args.gradient_accumulation_steps % num:
+            raise GaPError(
+                f"training.gradient_accumulation_steps: found {args.gradient_accumulation_steps}, expected a multiple of "
+                f"gap.num_partitions ({num}): with workers: sequential each replica takes its turn at the micro-batches"
+            )
+    elif args.world_size % num or args.world_size == 1 < num:
+        raise GaPError(
+            f"gap.method: 'parallel' with {num} partitions found {args.world_size} process{'es' if args.world_size > 1 else ''}, "
+            f"expected a multiple of {num}: accelerate launch --num_processes {num}, or set gap.workers: sequential"
+        )
+    if args.fp16:
+        raise GaPError(
+            "training.fp16: its loss scale skips steps of one worker and not of another, which sets their schedules apart; "
+            "expected bf16: true with method: parallel"
+        )
+    if any(bits in optim for bits in ("8bit", "4bit")):
+        raise GaPError(
+            f"training.optim: '{optim}' keeps quantised moments, of which P-GaP's merge can take no mean; expected one such "
+            "as adamw_torch_fused"
         )

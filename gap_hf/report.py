@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gap_hf.change import Change
-from gap_hf.phases import Phase
+from gap_hf.phases import PARALLEL, Phase
 from gap_hf.plan import Plan
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
@@ -23,7 +23,9 @@ def describe(change: Change, plan: Plan) -> str:
         error = "" if change.pruning_error is None else f" (error {change.pruning_error:.4f}"
         error += "" if change.mask_iou is None else f", IoU {change.mask_iou:.3f}"
         done.append(f"pruned {_groups(change.pruned)}{error + ')' if error else ''}")
-    if change.grown:
+    if change.grown and phase.kind == PARALLEL:
+        done.append(f"each of {plan.num_workers} workers grew its own group")
+    elif change.grown:
         done.append(f"grew {_groups(change.grown)}")
     return (
         f"step {change.step}/{plan.total_steps}, phase {phase.index + 1}/{len(plan.phases)} ({phase.kind}): "

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from gap_hf.allocation import make_groups
 from gap_hf.change import Change, Tally
 from gap_hf.config import GaPConfig
+from gap_hf.errors import GaPError
 from gap_hf.masks import Masks
 from gap_hf.methods import get_method
 from gap_hf.optimizer_state import clear_grown, clear_pruned, reset_all, unwrap, weight_copies
-from gap_hf.phases import Update
+from gap_hf.phases import PARALLEL, Update
 from gap_hf.plan import Plan, make_plan
 from gap_hf.selection import Selection
 from gap_hf.targets import PrunableWeight, clean_name, find_targets
+from gap_hf.workers import OneWorker
 
 
 class Sparsifier:
@@ -43,6 +45,7 @@ class Sparsifier:
         optimizer: Whose moments follow the masks; may be set later through `self.optimizer`.
         seed: Used where `config.seed` is None.
         plan: A recorded plan, to continue a run; otherwise it is made.
+        workers: Who trains the replicas of method ``parallel``.
 
     Raises:
         GaPError: if nothing is prunable, the pattern does not divide a weight, or training is too short.
@@ -58,6 +61,7 @@ class Sparsifier:
         optimizer: Any = None,
         seed: int = 0,
         plan: Plan | None = None,
+        workers: OneWorker | None = None,
     ) -> None:
         self.model, self.config, self.optimizer = model, config, optimizer
         self.seed = config.seed if config.seed is not None else seed
@@ -71,6 +75,12 @@ class Sparsifier:
             steps_per_epoch=steps_per_epoch,
             seed=self.seed,
         )
+        self.workers = workers or OneWorker()
+        if self.workers.num != self.plan.num_workers:
+            raise GaPError(
+                f"gap.method: '{config.method}' with {self.plan.num_workers} groups needs as many workers, found "
+                f"{self.workers.num}; use GaPTrainer, or pass workers="
+            )
         params = {clean_name(n): p for n, p in model.named_parameters()}
         self.masks = Masks({name: params[name] for name in self.weights})
         self.selection = Selection(self.targets, config, self.masks.params, seed=self.seed)
@@ -111,8 +121,10 @@ class Sparsifier:
         for group, level in zip(self.groups, self.levels, strict=True):
             for name in group.names if level == 0 else ():
                 self._grow(name)
-        grown = tuple(g for g, level in enumerate(self.levels) if level == 0)
-        return self._change(0, Tally(), begins_phase=True, grown=grown)
+        tally = Tally()
+        tally.grown.update(g for g, level in enumerate(self.levels) if level == 0)
+        self._do_due(0, tally, begins=True)
+        return self._change(0, tally, begins_phase=True)
 
     def advance(self, step: int) -> Change | None:
         """Do what the plan has between optimizer steps `step` - 1 and `step`: prune, grow, begin a phase.
@@ -124,11 +136,10 @@ class Sparsifier:
             return None
         begins = self.plan.begins_at(step) is not None
         self.phase, self.step = self.plan.phase_at(step), step
-        if begins and self.config.optimizer_reset == "all" and self.optimizer is not None:
-            reset_all(unwrap(self.optimizer))
         tally = Tally()
-        while (update := self._due(step)) is not None and update.grow_by != "gradient":
-            self._apply(update, tally, final=begins)
+        self._do_due(step, tally, begins=begins)
+        if begins:
+            self._restart_optimizer()
         if not begins and not tally.pruned and not tally.grown:
             return None
         return self._change(step, tally, begins_phase=begins)
@@ -143,6 +154,8 @@ class Sparsifier:
         if (update := self._overdue()) is not None and self._gradients_are_finite(update):
             tally = Tally()
             self._apply(update, tally, final=False)
+            tally.note(update)
+            self.num_done += 1
             change = self._change(self.step, tally, begins_phase=False)
         self.masks.apply_to_gradients()
         return change
@@ -235,6 +248,28 @@ class Sparsifier:
             self.num_done += 1
         return None
 
+    def _do_due(self, step: int, tally: Tally, *, begins: bool) -> None:
+        """Do the updates before optimizer step `step`, but for one by gradient; in a parallel phase, in each replica."""
+        workers = self.workers
+        while (update := self._due(step)) is not None and update.grow_by != "gradient":
+            if update.merge:
+                workers.merge(self)
+                self._restart_optimizer()
+            else:
+                if update.worker is not None and not workers.apart:
+                    workers.fork(self)
+                for worker in workers.each(self, update):
+                    self._apply(update, tally if worker == workers.reporter else Tally(), final=begins)
+                tally.note(update)  # other workers' own groups too, though not how it came out
+            self.num_done += 1
+        if self.phase.kind == PARALLEL and not workers.apart:
+            workers.fork(self)
+        workers.activate(self, workers.reporter)
+
+    def _restart_optimizer(self) -> None:
+        if self.config.optimizer_reset == "all" and self.optimizer is not None:
+            reset_all(unwrap(self.optimizer))
+
     def _apply(self, update: Update, tally: Tally, *, final: bool) -> None:
         """Do one update. `final` prunes are compared with the last ones; those inside a phase are on their way."""
         names = [name for g in update.groups for name in self.groups[g].names]
@@ -242,21 +277,16 @@ class Sparsifier:
         before = {n: self.masks[n] for n in names} if exchanges else {}
         if update.prune_to is not None:
             self._prune(names, update.prune_to, tally, compare=final and not exchanges)
-            tally.pruned.update(update.groups)
         if exchanges:
             self._regrow(names, update, tally)
-            tally.pruned.update(update.groups if update.drop else ())
         elif update.grow_to == 0:
             for name in names:
                 self._grow(name)
         for name, old in before.items():
             if old is not None and (new := self.masks[name]) is not None:
                 tally.compare(old, new)
-        if update.grow_to is not None:
-            tally.grown.update(update.groups)
         for group in update.groups:
             self.levels[group] = update.level
-        self.num_done += 1
 
     def _grow(self, name: str) -> None:
         """Make a tensor dense. No value changes: what was pruned goes on from exactly 0."""
@@ -329,13 +359,13 @@ class Sparsifier:
             for copy in weight_copies(optimizer, param):
                 copy.mul_(mask)
 
-    def _change(self, step: int, tally: Tally, *, begins_phase: bool, grown: tuple[int, ...] = ()) -> Change:
+    def _change(self, step: int, tally: Tally, *, begins_phase: bool) -> Change:
         return Change(
             step=step,
             phase=self.phase,
             begins_phase=begins_phase,
             pruned=tuple(sorted(tally.pruned)),
-            grown=grown or tuple(sorted(tally.grown)),
+            grown=tuple(sorted(tally.grown)),
             sparsity=self.sparsity(),
             model_sparsity=self.model_sparsity(),
             pruning_error=tally.pruning_error,

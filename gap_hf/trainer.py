@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from math import floor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from gap_hf import checkpoint
 from gap_hf.allocation import make_groups
 from gap_hf.change import Change
 from gap_hf.config import GaPConfig
+from gap_hf.distributed import WorkerReduction, check_same_masks, make_worker_groups
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
@@ -29,6 +32,7 @@ from gap_hf.refusals import check_arguments, check_model
 from gap_hf.report import describe
 from gap_hf.sparsifier import Sparsifier
 from gap_hf.targets import find_targets
+from gap_hf.workers import OneWorker, ProcessWorkers, SequentialWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +93,7 @@ class GaPMixin(_Base):
         self.gap: Sparsifier | None = None
         self._gap_resume: tuple[str, checkpoint.GaPState] | None = None
         self._gap_started: Change | None = None
+        self._gap_reduction: WorkerReduction | None = None
         if not self._gap_on:
             super().__init__(*args, **kwargs)
             return
@@ -170,10 +175,15 @@ class GaPMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch; at the last of an accumulation, gradients of masked weights are zeroed before clipping."""
+        if not self._gap_on:
+            return super().training_step(*args, **kwargs)
+        gap = self._gap_sparsifier
+        gap.workers.take_turn(gap, self.current_gradient_accumulation_steps)
         loss = super().training_step(*args, **kwargs)
-        if self._gap_on and self.accelerator.sync_gradients:
-            change = self._gap_sparsifier.mask_gradients()
-            if change is not None:
+        if self.accelerator.sync_gradients:
+            for _ in gap.workers.others(gap):
+                self._gap_update_replica()
+            if (change := gap.mask_gradients()) is not None:
                 self._gap_report(change)
         return loss
 
@@ -190,11 +200,30 @@ class GaPMixin(_Base):
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, in a parallel round on the model that a merge would give now."""
+        with self._gap_merged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, in a parallel round on the model that a merge would give now."""
+        with self._gap_merged():
+            return super().predict(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and, beside it, config and masks; these come first because Trainer may push at the end."""
-        if self.gap is not None and self.args.should_save:
-            checkpoint.save(output_dir or str(self.args.output_dir), self.gap, step=self.state.global_step)
-        super().save_model(output_dir, _internal_call=_internal_call)
+        """Save the model and, beside it, config and masks; these come first because Trainer may push at the end.
+
+        In a parallel round it is the model that a merge would give now, and a checkpoint also holds every replica.
+        """
+        if self.gap is None:
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        folder = output_dir or str(self.args.output_dir)
+        is_checkpoint = Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR) and not self.args.save_only_model
+        replicas = checkpoint.save_replicas(folder, self.gap) if self.gap.workers.apart and is_checkpoint else {}
+        with self._gap_merged():
+            if self.args.should_save:
+                checkpoint.save(folder, self.gap, step=self.state.global_step, replicas=replicas)
+            return super().save_model(output_dir, _internal_call=_internal_call)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         # A model with a dense group is not what the user asked for, however good its metric.
@@ -232,7 +261,13 @@ class GaPMixin(_Base):
         seed = self._gap_resume[1].seed if self._gap_resume else self.args.seed
         total_steps = self.state.max_steps
         self.gap = Sparsifier(
-            self.model, self._gap_on_config, total_steps=total_steps, optimizer=self.optimizer, seed=seed, plan=plan
+            self.model,
+            self._gap_on_config,
+            total_steps=total_steps,
+            optimizer=self.optimizer,
+            seed=seed,
+            plan=plan,
+            workers=self._gap_workers(plan),
         )
         if self._gap_resume is None:
             self._gap_started = self.gap.start(masks=old.masks if old else None)
@@ -240,6 +275,8 @@ class GaPMixin(_Base):
         path, state = self._gap_resume
         checkpoint.check_same_weights(state, self.gap, path)
         self._gap_load(state, self.state.global_step)
+        checkpoint.load_replicas(path, state, self.gap)
+        check_same_masks(self.gap.masks, self.gap.workers.group)
         if plan.total_steps != state.plan.total_steps:
             logger.warning(
                 "The checkpoint was planned for %d optimizer steps and training now has %d: the fine-tune takes the "
@@ -247,6 +284,30 @@ class GaPMixin(_Base):
                 state.plan.total_steps,
                 plan.total_steps,
             )
+
+    def _gap_workers(self, plan: Plan) -> OneWorker:
+        if plan.num_workers == 1:
+            return OneWorker()
+        if self._gap_on_config.workers == "sequential":
+            return SequentialWorkers(plan.num_workers)
+        assert self.model_wrapped is not None
+        if self._gap_reduction is None or not self._gap_reduction.serves(self.model_wrapped):
+            self._gap_reduction = WorkerReduction(self.model_wrapped, make_worker_groups(plan.num_workers))
+        return ProcessWorkers(self._gap_reduction.groups, self._gap_reduction)
+
+    def _gap_update_replica(self) -> None:
+        """An optimizer step for the replica in the model, as Trainer does it for the last one of a step."""
+        gap = self._gap_sparsifier
+        assert self.model is not None and self.optimizer is not None
+        gap.mask_gradients()
+        if self.args.max_grad_norm is not None and self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()  # type: ignore[union-attr]
+        gap.mask_weights()
+        self.model.zero_grad()
+
+    def _gap_merged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.gap is None else self.gap.workers.merged(self.gap)
 
     def _gap_load(self, state: checkpoint.GaPState, step: int) -> None:
         self._gap_sparsifier.load(step, state.masks, state.previous, levels=state.levels, num_done=state.num_done)
@@ -263,6 +324,10 @@ class GaPMixin(_Base):
 
     def _gap_end(self) -> None:
         gap = self._gap_sparsifier
+        if gap.workers.apart:
+            # Stopped in the middle of a round: every process is to hold the same model.
+            gap.workers.merge(gap)
+            self._gap_say("training ended in the middle of a parallel round, so the workers' replicas were merged")
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             # Trainer has just put the best checkpoint's weights back; their masks belong to them.
             state = checkpoint.load(self.state.best_model_checkpoint)
@@ -282,7 +347,8 @@ class GaPMixin(_Base):
         )
 
     def _gap_report(self, change: Change) -> None:
-        """One record in the log for each change, and a line on the screen where a phase begins."""
+        """One record in the log for each change, and a line on the screen where a phase begins; all processes agree on it."""
+        check_same_masks(self._gap_sparsifier.masks, self._gap_sparsifier.workers.group)
         record: dict[str, Any] = {
             "gap_phase": change.phase.index,
             "gap_sparsity": change.sparsity,

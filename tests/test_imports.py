@@ -14,7 +14,8 @@ _PURE = {"errors", "config", "phases"}
 _PLAN = _PURE | {"ramps", "methods", "plan"}
 _TARGETS = {"errors", "config", "targets"}
 _MASKS = {"patterns", "masks", "optimizer_state"}
-_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"}
+_REPLICAS = {"distributed", "merging", "replica", "workers"}
+_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"} | _REPLICAS
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -34,6 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocation": _PLAN | _TARGETS | {"partition"} | _MASKS,
     "change": _PURE | {"patterns"},
     "selection": _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation"},
+    "distributed": {"errors", "masks"},
+    "merging": _TARGETS | {"partition"},
+    "replica": _TARGETS | _MASKS,
+    "workers": _PURE | {"distributed", "merging", "replica"},
     "sparsifier": _CORE - {"sparsifier"},
     "checkpoint": _CORE,
     "lr": _CORE,

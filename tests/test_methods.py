@@ -20,6 +20,7 @@ from gap_hf.methods import get_method
 from gap_hf.phases import Update
 from gap_hf.plan import Plan, make_plan
 from gap_hf.sparsifier import Change, Sparsifier
+from gap_hf.workers import SequentialWorkers
 
 BASELINES = ("static", "oneshot", "gmp", "set", "rigl", "acdc", "mest")
 # On short runs.
@@ -158,7 +159,7 @@ def test_every_method_says_what_it_counts_and_uses(method: str) -> None:
     module = get_method(method)
     assert module.GROUPS in ("partition", "tensor", "all")
     assert set(module.USES) <= set(SCHEDULE_KEYS)
-    assert set(BASELINES) | {"cyclic", "random", "dense"} == set(METHODS)
+    assert set(BASELINES) | {"cyclic", "random", "parallel", "dense"} == set(METHODS)
 
 
 REFUSED = [
@@ -411,14 +412,16 @@ def make_model() -> nn.Sequential:
 @pytest.mark.parametrize("method", SHORT)
 def test_every_method_with_every_pattern_and_distribution(method: str, kind: dict[str, Any]) -> None:
     """Counts at every step, zeros everywhere, and the target at the end."""
-    ramps = {"ramp_share": 0.7, "prune_share": 0.5} if method in ("cyclic", "random") else {}
+    ramps = {"ramp_share": 0.7, "prune_share": 0.5} if method in ("cyclic", "random", "parallel") else {}
     config = GaPConfig.from_dict(
         {"sparsity": 0.8, "include": ["Linear"], "method": method, **SHORT[method], **ramps, **kind}
     )
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     total = 60
-    run = Sparsifier(model, config, total_steps=total, optimizer=optimizer)
+    # Only the first replica of P-GaP is trained here, which is enough to count by.
+    workers = SequentialWorkers(config.num_partitions) if method == "parallel" else None
+    run = Sparsifier(model, config, total_steps=total, optimizer=optimizer, workers=workers)
     run.start()
     uniform = "global" not in str(kind)
     per_unit = 8 if "block" in kind.get("pattern", "") else 1

@@ -6,7 +6,7 @@ import random
 
 from gap_hf.config import GaPConfig
 from gap_hf.methods import cyclic
-from gap_hf.phases import Run, Schedule, phase_ends
+from gap_hf.phases import Run, Schedule, cyclic_layout, phase_ends
 
 GROUPS = "tensor"
 USES = cyclic.USES
@@ -17,7 +17,8 @@ def build(config: GaPConfig, run: Run) -> Schedule:
 
     With one partition every tensor is drawn each time, since none is left that was not dense.
     """
-    ends = phase_ends(config, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
+    layout = cyclic_layout(config)
+    ends = phase_ends(config, layout, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
     size = max(1, run.num_groups // config.num_partitions)
     rng = random.Random(f"gap_hf random partition {run.seed}")
     draws: list[tuple[int, ...]] = []
