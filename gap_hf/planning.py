@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from math import prod
+from math import floor, prod
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from gap_hf.allocation import keep_counts, make_groups
 from gap_hf.config import GaPConfig, parse_pattern
-from gap_hf.plan import make_plan
+from gap_hf.plan import Plan, make_plan
 from gap_hf.targets import Targets, clean_name, find_targets
 
 
@@ -33,6 +33,22 @@ def count_optimizer_steps(num_batches: int, args: TrainingArguments) -> tuple[in
         return args.max_steps, None
     per_epoch = max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
     return math.ceil(args.num_train_epochs * per_epoch), Fraction(per_epoch)
+
+
+def plan_for(model: nn.Module, config: GaPConfig, args: TrainingArguments, *, total_steps: int) -> Plan:
+    """The plan that a trainer with these arguments would follow; for checks before one is made.
+
+    Raises:
+        GaPError: if training is too short, or anything about the targets is wrong.
+    """
+    seed = config.seed if config.seed is not None else args.seed
+    groups = make_groups(find_targets(model, config), config, seed=seed)
+    epochs = None if args.max_steps > 0 else Fraction(str(args.num_train_epochs))
+    # Trainer has total = ceil(epochs * steps per epoch), and the latter is whole.
+    steps_per_epoch = None if epochs is None else Fraction(floor(total_steps / epochs))
+    return make_plan(
+        config, num_groups=len(groups), total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed
+    )
 
 
 def summarize(

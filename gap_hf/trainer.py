@@ -9,62 +9,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from gap_hf import checkpoint
-from gap_hf.allocation import make_groups
+from gap_hf.callback import GaPCallback
 from gap_hf.change import Change
 from gap_hf.config import GaPConfig
 from gap_hf.distributed import WorkerReduction, check_same_masks, make_worker_groups
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
-from gap_hf.plan import Plan, make_plan
+from gap_hf.plan import Plan
+from gap_hf.planning import plan_for
 from gap_hf.refusals import check_arguments, check_model
 from gap_hf.report import describe
 from gap_hf.sparsifier import Sparsifier
-from gap_hf.targets import find_targets
 from gap_hf.workers import OneWorker, ProcessWorkers, SequentialWorkers
 
 logger = logging.getLogger(__name__)
-
-
-class _GaPCallback(TrainerCallback):
-    """Tells the trainer where it is; first in the list, so that others see weights that obey their masks."""
-
-    def __init__(self, trainer: GaPMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._gap_begin()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._gap_report_start()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._gap_sparsifier.mask_weights()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer._gap_advance()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._gap_end()
 
 
 # For a type checker the mixin is a Trainer; at run time it stands before one.
@@ -110,7 +78,7 @@ class GaPMixin(_Base):
             check_model(self.model, self._gap_on_config)
         check_arguments(self.args, self._gap_on_config)
         self._gap_check_setup()
-        callback = _GaPCallback(self)
+        callback = GaPCallback(self)
         self.add_callback(callback)
         callbacks = self.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
@@ -374,22 +342,6 @@ class GaPTrainer(GaPMixin, Trainer):
 
 class GaPSeq2SeqTrainer(GaPMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with scheduled grow-and-prune; see `GaPMixin` for what it adds."""
-
-
-def plan_for(model: nn.Module, config: GaPConfig, args: TrainingArguments, *, total_steps: int) -> Plan:
-    """The plan that a trainer with these arguments would follow; for checks before one is made.
-
-    Raises:
-        GaPError: if training is too short, or anything about the targets is wrong.
-    """
-    seed = config.seed if config.seed is not None else args.seed
-    groups = make_groups(find_targets(model, config), config, seed=seed)
-    epochs = None if args.max_steps > 0 else Fraction(str(args.num_train_epochs))
-    # Trainer has total = ceil(epochs * steps per epoch), and the latter is whole.
-    steps_per_epoch = None if epochs is None else Fraction(floor(total_steps / epochs))
-    return make_plan(
-        config, num_groups=len(groups), total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=seed
-    )
 
 
 def _share(gap: Sparsifier) -> str:

@@ -24,10 +24,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from gap_hf import GaPError, GaPMixin
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
-from gap_hf.planning import count_batches, count_optimizer_steps
+from gap_hf.planning import count_batches, count_optimizer_steps, plan_for
 from gap_hf.recipe import load_recipe, one_line
 from gap_hf.refusals import check_model
-from gap_hf.trainer import plan_for
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 

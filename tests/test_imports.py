@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": _CORE | {"checkpoint", "planning", "recipe"},
     "output": _CORE | {"checkpoint"},
     "refusals": _CORE,
-    "trainer": _CORE | _FILES | {"refusals"},
+    "callback": set(),
+    "trainer": _CORE | _FILES | {"callback", "refusals"},
     "cli": _CORE | _FILES | {"trainer"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
