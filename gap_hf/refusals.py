@@ -71,9 +71,11 @@ def _check_parallel(args: TrainingArguments, config: GaPConfig, optim: str) -> N
                 f"gap.num_partitions ({num}): with workers: sequential each replica takes its turn at the micro-batches"
             )
     elif args.world_size % num or args.world_size == 1 < num:
+        # Accelerate's launcher starts a single process there, whatever --num_processes says.
+        flag = "--multi_gpu " if args.device.type == "cpu" else ""
         raise GaPError(
             f"gap.method: 'parallel' with {num} partitions found {args.world_size} process{'es' if args.world_size > 1 else ''}, "
-            f"expected a multiple of {num}: accelerate launch --num_processes {num}, or set gap.workers: sequential"
+            f"expected a multiple of {num}: accelerate launch {flag}--num_processes {num}, or set gap.workers: sequential"
         )
     if args.fp16:
         raise GaPError(

@@ -276,7 +276,7 @@ def test_the_printed_plan_knows_workers() -> None:
         (
             {"workers": None},
             {},
-            r"with 2 partitions found 1 process, .* --num_processes 2, or set gap.workers: sequential",
+            r"with 2 partitions found 1 process, .* accelerate launch --multi_gpu --num_processes 2, or set gap.workers: sequential",
         ),
         ({}, {}, r"gradient_accumulation_steps: found 1, expected a multiple of gap.num_partitions \(2\)"),
         ({}, {"gradient_accumulation_steps": 2, "optim": "adamw_bnb_8bit"}, "'adamw_bnb_8bit' keeps quantised moments"),
