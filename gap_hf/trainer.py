@@ -25,6 +25,7 @@ from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan, make_plan
+from gap_hf.reduction import GradientReducer, attach
 from gap_hf.refusals import check_arguments, check_model
 from gap_hf.report import describe
 from gap_hf.sparsifier import Sparsifier
@@ -89,6 +90,7 @@ class GaPMixin(_Base):
         self.gap: Sparsifier | None = None
         self._gap_resume: tuple[str, checkpoint.GaPState] | None = None
         self._gap_started: Change | None = None
+        self._gap_reducer: GradientReducer | None = None
         if not self._gap_on:
             super().__init__(*args, **kwargs)
             return
@@ -234,6 +236,7 @@ class GaPMixin(_Base):
         self.gap = Sparsifier(
             self.model, self._gap_on_config, total_steps=total_steps, optimizer=self.optimizer, seed=seed, plan=plan
         )
+        self._gap_reducer = attach(self.model_wrapped, self.gap, self._gap_reducer)
         if self._gap_resume is None:
             self._gap_started = self.gap.start(masks=old.masks if old else None)
             return
