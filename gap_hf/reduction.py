@@ -22,6 +22,9 @@ from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.sparsifier import Sparsifier
 
+# torch documents it under this name, but does not list it among its exports.
+GradBucket = dist.GradBucket  # pyright: ignore[reportPrivateImportUsage]
+
 # Above this live share gathering and scattering a tensor costs about what sending it whole does (measured on loopback,
 # where both are work of the same cores; `make bench-communication`).
 PACK_BELOW = 0.6
@@ -76,7 +79,7 @@ class GradientReducer:
         self._sparsifier = sparsifier
         self._names: dict[Tensor, str] = {param: name for name, param in sparsifier.masks.params.items()}
 
-    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Begin the mean of a bucket over the group; the future holds the bucket's buffer."""
         buffer = bucket.buffer()
         packing = None if self.sparsifier.needs_dense_gradients else self._packing(bucket)
@@ -99,7 +102,7 @@ class GradientReducer:
         assert work is not None, "a rank reduces over a group that it is not in"
         return work.get_future()
 
-    def _packing(self, bucket: dist.GradBucket) -> _Packing:
+    def _packing(self, bucket: GradBucket) -> _Packing:
         """The cached packing of a bucket; made anew when DDP has moved its parameters or one of them has a new mask."""
         params = bucket.parameters()
         masks = [self.sparsifier.masks[self._names[p]] if p in self._names else None for p in params]
@@ -113,7 +116,7 @@ class GradientReducer:
         return cached
 
 
-def reduce_live_gradients(state: GradientReducer, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def reduce_live_gradients(state: GradientReducer, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """The hook: ``ddp.register_comm_hook(GradientReducer(sparsifier), reduce_live_gradients)``."""
     return state.reduce(bucket)
 
@@ -152,14 +155,14 @@ def _is_wanted(config: GaPConfig, ddp: DistributedDataParallel) -> bool:
     return config.live_gradients is True or 1 - config.target < PACK_BELOW
 
 
-def _make_packing(bucket: dist.GradBucket, params: list[Tensor], masks: list[Tensor | None]) -> _Packing:
+def _make_packing(bucket: GradBucket, params: list[Tensor], masks: list[Tensor | None]) -> _Packing:
     buffer = bucket.buffer()
     if not any(mask is not None and _is_packed(mask) for mask in masks):
         return _Packing(params, masks, None, [], buffer.numel())
     flags = torch.zeros(buffer.numel(), dtype=torch.uint8, device=buffer.device)
     whole: list[tuple[int, int]] = []
     for param, gradient, mask in zip(params, bucket.gradients(), masks, strict=True):
-        start, length = gradient.storage_offset() - buffer.storage_offset(), gradient.numel()
+        start, length = int(gradient.storage_offset() - buffer.storage_offset()), gradient.numel()
         if mask is not None and _is_packed(mask):
             flags.as_strided(param.shape, _strides_in_bucket(param), start).copy_(mask)
         elif whole and sum(whole[-1]) == start:

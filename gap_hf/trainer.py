@@ -228,7 +228,7 @@ class GaPMixin(_Base):
         return plan_for(self.model, self._gap_on_config, self.args, total_steps=total_steps)
 
     def _gap_begin(self) -> None:
-        assert self.model is not None
+        assert self.model is not None and self.model_wrapped is not None
         plan = self._gap_plan(self.state.max_steps)
         old = self.gap if self.gap is not None and self.gap.model is self.model else None
         seed = self._gap_resume[1].seed if self._gap_resume else self.args.seed
