@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+CONFIGS = ROOT / "accelerate_configs"
 
 
 def run_cases(world: int, folder: Path, cases: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -22,6 +26,9 @@ def run_cases(world: int, folder: Path, cases: list[str]) -> dict[str, list[dict
     }
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(world)]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    if world == 2:  # the way that docs/scaling.md names first
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "one_node_ddp.yaml")]
+        launcher += ["--num_processes", "2", "--main_process_port", "0"]
     if world == 1:  # needs nobody to start it, and is up some seconds earlier without
         launcher = []
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -45,6 +52,17 @@ def assert_ranks_agree(case: str, ranks: list[dict[str, Any]]) -> dict[str, Any]
 
 LOOPS = ["plain", "bucket_view", "one_bucket", "accumulation", "unused", "static_graph", "bf16", "fp16", "rigl", "gmp"]
 TRAINERS = ["trainer", "trainer_rigl", "trainer_twice", "trainer_compiled"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "MULTI_GPU" and config.num_processes == 8 * config.num_machines
+    assert (config.num_machines > 1) == path.stem.startswith("many_nodes")
+
+
+def test_both_configs_are_there() -> None:
+    assert [path.stem for path in sorted(CONFIGS.glob("*ddp.yaml"))] == ["many_nodes_ddp", "one_node_ddp"]
 
 
 def test_two_processes(tmp_path: Path) -> None:
