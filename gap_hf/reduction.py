@@ -25,8 +25,8 @@ from gap_hf.sparsifier import Sparsifier
 # torch documents it under this name, but does not list it among its exports.
 GradBucket = dist.GradBucket  # pyright: ignore[reportPrivateImportUsage]
 
-# Above this live share gathering and scattering a tensor costs about what sending it whole does (measured on loopback,
-# where both are work of the same cores; `make bench-communication`).
+# A tensor is packed below this live share. Over loopback, where sending is work of the same cores, packing pays below 0.3
+# to 0.5; between nodes up to 0.9 by docs/scaling.md's formulas. 0.6 stands between, and bounds the index's memory.
 PACK_BELOW = 0.6
 
 
