@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo demo-dense test test-lowest lint bench-overhead clean
+.PHONY: demo demo-dense test test-lowest lint bench-overhead bench-communication scaling-docs clean
 .PHONY: bench-quality-tiny bench-quality-small bench-quality-gpu quality-report
 
 demo: $(VENV)/.demo  ## train a sparse English-German translator from nothing
@@ -26,6 +26,12 @@ lint: $(VENV)/.dev
 
 bench-overhead: $(VENV)/.bench  ## cost of a GaPTrainer step against Trainer's: paired, interleaved
 	$(BIN)/python benchmarks/overhead.py
+
+bench-communication: $(VENV)/.bench  ## bytes and time of DDP with live gradients alone, and its cost model
+	$(BIN)/python benchmarks/communication.py
+
+scaling-docs: $(VENV)/.bench  ## the numbers in docs/scaling.md, from what was recorded
+	$(BIN)/python benchmarks/communication.py --table --into docs/scaling.md
 
 QUALITY := $(BIN)/python benchmarks/quality
 QUALITY_DATA := benchmarks/quality/data/small/train.tsv

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.parallel import DistributedDataParallel
 
 from gap_hf.errors import GaPError
 from gap_hf.masks import Masks
@@ -97,46 +96,3 @@ def make_worker_groups(num: int) -> WorkerGroups:
     found = groups[index]
     assert isinstance(found, ProcessGroup)
     return WorkerGroups(num, index, found)
-
-
-class GroupReduction:
-    """A DDP communication hook whose processes can be changed between steps: the mean over `group`, or over all if None."""
-
-    def __init__(self) -> None:
-        self.group: ProcessGroup | None = None
-
-    def __call__(self, bucket):  # unannotated: DDP compares annotations, and here they are strings
-        group = self.group if self.group is not None else dist.group.WORLD
-        buffer = bucket.buffer().div_(dist.get_world_size(group))
-        work = dist.all_reduce(buffer, group=group, async_op=True)
-        assert work is not None
-        return work.get_future().then(lambda future: future.value()[0])
-
-
-class WorkerReduction:
-    """Keeps the gradients and buffers of a DDP module inside worker groups while their replicas are apart.
-
-    DDP itself would average gradients over all processes, and before each forward pass copy the buffers of rank 0 to them.
-    A module takes one communication hook only, for ever, so it is registered here and then switched.
-
-    Args:
-        module: What `Accelerator.prepare` made: DDP, or compiled DDP. Without DDP there is nothing to reduce.
-        groups: The workers' process groups.
-    """
-
-    def __init__(self, module: nn.Module, groups: WorkerGroups) -> None:
-        found = [m for m in module.modules() if isinstance(m, DistributedDataParallel)]
-        assert len(found) == 1, "P-GaP over processes trains one DDP module"
-        self.module, self.groups = found[0], groups
-        self.reduction = GroupReduction()
-        self.broadcasts_buffers = self.module.broadcast_buffers
-        self.module.register_comm_hook(self.reduction, GroupReduction.__call__)
-
-    def serves(self, module: nn.Module) -> bool:
-        """True for the module that it was made for: a second training goes on with it."""
-        return any(m is self.module for m in module.modules())
-
-    def set_apart(self, apart: bool) -> None:
-        """Switch to the worker's own group, or back to all processes."""
-        self.reduction.group = self.groups.group if apart else None
-        self.module.broadcast_buffers = self.broadcasts_buffers and not apart

@@ -176,6 +176,11 @@ class Sparsifier:
         return tally.pruning_error
 
     @property
+    def needs_dense_gradients(self) -> bool:
+        """True if the step at hand chooses what grows by gradient, so that masked weights' gradients must be whole."""
+        return self._overdue() is not None
+
+    @property
     def at_target(self) -> bool:
         """True if every group is at its target, as from the start of the fine-tune on."""
         return all(level == 1 for level in self.levels)

@@ -21,12 +21,13 @@ from gap_hf import checkpoint
 from gap_hf.callback import GaPCallback
 from gap_hf.change import Change
 from gap_hf.config import GaPConfig
-from gap_hf.distributed import WorkerReduction, check_same_masks, make_worker_groups
+from gap_hf.distributed import WorkerGroups, check_same_masks, make_worker_groups
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan
 from gap_hf.planning import plan_for
+from gap_hf.reduction import GradientReducer, attach
 from gap_hf.refusals import check_arguments, check_model
 from gap_hf.report import describe
 from gap_hf.sparsifier import Sparsifier
@@ -61,7 +62,8 @@ class GaPMixin(_Base):
         self.gap: Sparsifier | None = None
         self._gap_resume: tuple[str, checkpoint.GaPState] | None = None
         self._gap_started: Change | None = None
-        self._gap_reduction: WorkerReduction | None = None
+        self._gap_reducer: GradientReducer | None = None
+        self._gap_groups: WorkerGroups | None = None
         if not self._gap_on:
             super().__init__(*args, **kwargs)
             return
@@ -223,7 +225,7 @@ class GaPMixin(_Base):
         return plan_for(self.model, self._gap_on_config, self.args, total_steps=total_steps)
 
     def _gap_begin(self) -> None:
-        assert self.model is not None
+        assert self.model is not None and self.model_wrapped is not None
         plan = self._gap_plan(self.state.max_steps)
         old = self.gap if self.gap is not None and self.gap.model is self.model else None
         seed = self._gap_resume[1].seed if self._gap_resume else self.args.seed
@@ -237,6 +239,11 @@ class GaPMixin(_Base):
             plan=plan,
             workers=self._gap_workers(plan),
         )
+        assert self.model_wrapped is not None
+        self._gap_reducer = attach(self.model_wrapped, self.gap, self._gap_reducer)
+        if isinstance(self.gap.workers, ProcessWorkers):
+            assert self._gap_reducer is not None, "P-GaP over processes trains one DDP module"
+            self.gap.workers.switch = self._gap_reducer.switch
         if self._gap_resume is None:
             self._gap_started = self.gap.start(masks=old.masks if old else None)
             return
@@ -258,10 +265,9 @@ class GaPMixin(_Base):
             return OneWorker()
         if self._gap_on_config.workers == "sequential":
             return SequentialWorkers(plan.num_workers)
-        assert self.model_wrapped is not None
-        if self._gap_reduction is None or not self._gap_reduction.serves(self.model_wrapped):
-            self._gap_reduction = WorkerReduction(self.model_wrapped, make_worker_groups(plan.num_workers))
-        return ProcessWorkers(self._gap_reduction.groups, self._gap_reduction)
+        if self._gap_groups is None:
+            self._gap_groups = make_worker_groups(plan.num_workers)
+        return ProcessWorkers(self._gap_groups)
 
     def _gap_update_replica(self) -> None:
         """An optimizer step for the replica in the model, as Trainer does it for the last one of a step."""

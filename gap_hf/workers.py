@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from gap_hf.distributed import ProcessGroup, WorkerGroups, WorkerReduction, all_objects, broadcast
+from gap_hf.distributed import ProcessGroup, WorkerGroups, all_objects, broadcast
 from gap_hf.errors import GaPError
 from gap_hf.merging import merge_rules
 from gap_hf.phases import Update
@@ -155,12 +155,16 @@ class ProcessWorkers(_Workers):
 
     Args:
         groups: The process groups.
-        reduction: Keeps gradients inside them while replicas are apart; None where nothing else reduces gradients.
+
+    Attributes:
+        switch: Called with the worker's own group when replicas part, and with None when they are one again: gradients are to
+            be averaged over that group, or over all.
     """
 
-    def __init__(self, groups: WorkerGroups, reduction: WorkerReduction | None = None) -> None:
+    def __init__(self, groups: WorkerGroups) -> None:
         super().__init__(groups.num)
-        self.groups, self.reduction = groups, reduction
+        self.groups = groups
+        self.switch: Callable[[ProcessGroup | None], None] = lambda group: None
         self.reporter = groups.index
 
     def each(self, sparsifier: Sparsifier, update: Update) -> Iterator[int]:
@@ -210,8 +214,7 @@ class ProcessWorkers(_Workers):
     def _set_apart(self, apart: bool) -> None:
         self.apart = apart
         self.group = self.groups.group if apart else None
-        if self.reduction is not None:
-            self.reduction.set_apart(apart)
+        self.switch(self.group)
 
 
 class SequentialWorkers(_Workers):

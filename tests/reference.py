@@ -258,3 +258,21 @@ def grown(mask: Sequence[int], scores: Sequence[float], keep: int) -> list[int]:
     order = sorted((i for i, m in enumerate(mask) if not m), key=lambda i: (-abs(float(scores[i])), i))
     grows = set(order[: keep - sum(mask)])
     return [int(bool(m) or i in grows) for i, m in enumerate(mask)]
+
+
+def sent_and_received(
+    tensors: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], pack_below: float
+) -> tuple[list[float], list[np.ndarray]]:
+    """What a rank sends of a bucket's gradients, in any order, and each gradient as it is if that comes back unchanged."""
+    sent: list[float] = []
+    received = []
+    for tensor, mask in zip(tensors, masks, strict=True):
+        if mask is None or mask.sum() >= pack_below * mask.size:
+            sent += tensor.reshape(-1).tolist()
+            received.append(tensor)
+            continue
+        for value, live in zip(tensor.reshape(-1).tolist(), mask.reshape(-1).tolist(), strict=True):
+            if live:
+                sent.append(value)
+        received.append(np.where(mask == 1, tensor, 0).astype(tensor.dtype))
+    return sent, received

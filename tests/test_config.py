@@ -76,6 +76,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"partition": ["a", "b", "c"]}, ["gap.partition[0]", "found 'a'", "list of strings"]),
     ({"partition": [["a"], ["b"]]}, ["gap.partition", "lists 2 groups", "num_partitions is 3"]),
     ({"best_model_at_target": "yes"}, ["gap.best_model_at_target", "found 'yes'", "true or false"]),
+    ({"live_gradients": 1}, ["gap.live_gradients", "found 1", "true, false or null"]),
     ({"prune_if_stopped": 1}, ["gap.prune_if_stopped", "found 1", "true or false"]),
 ]
 
@@ -272,6 +273,7 @@ def configs(draw: st.DrawFn) -> GaPConfig:
             "partition": draw(st.one_of(st.sampled_from(["balanced", "random"]), explicit)),
             "best_model_at_target": draw(st.booleans()),
             "prune_if_stopped": draw(st.booleans()),
+            "live_gradients": draw(st.sampled_from([None, True, False])),
             "seed": draw(st.one_of(st.none(), st.integers(0, 2**63))),
         }
     )

@@ -46,9 +46,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": _CORE | {"coercion"},
     "report": _CORE | {"checkpoint", "planning", "recipe"},
     "output": _CORE | {"checkpoint"},
+    "reduction": _CORE,
     "refusals": _CORE,
     "callback": set(),
-    "trainer": _CORE | _FILES | {"callback", "refusals"},
+    "trainer": _CORE | _FILES | {"callback", "reduction", "refusals"},
     "cli": _CORE | _FILES | {"trainer"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.

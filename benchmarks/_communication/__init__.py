@@ -1,0 +1,1 @@
+"""Parts of benchmarks/communication.py: what the processes measure, and the cost model over it."""
