@@ -78,8 +78,12 @@ class GaPMixin(_Base):
         gap: The `Sparsifier` of the current run (masks, plan, report); None before `train()` and when GaP is off.
 
     Raises:
-        GaPError: for what cannot work (DataParallel, FSDP, DeepSpeed, quantised weights, optimizers that step in
-            backward), and if the model has nothing to prune. It is raised before the output folder is made.
+        GaPError: for what cannot work (DataParallel, FSDP version 1, DeepSpeed, quantised weights, optimizers that step
+            in backward), and if the model has nothing to prune. What the model and the arguments rule out is refused
+            before the output folder is made.
+
+    FSDP version 2 shards weights, and masks with them: see `gap_hf.shards`. Under it `save_model` is for all ranks, as
+    Trainer's own is. Through Trainer it was not run on a GPU yet; on a CPU, Trainer trains with DDP instead.
     """
 
     def __init__(self, *args: Any, gap_config: GaPConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -136,9 +140,18 @@ class GaPMixin(_Base):
                 f"{type(self.model).__name__} trains adapters beside frozen weights, and merging them would fill the zeros; "
                 "train the model itself, or prune it first and keep the adapters apart"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            found = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise GaPError(f"{found} shards weights, which this version cannot mask yet; use DDP, or a single process")
+        if self.is_deepspeed_enabled:
+            raise GaPError(
+                "DeepSpeed steps inside backward, on flat copies of the weights of its own that no mask reaches; use DDP, or "
+                "FSDP with fsdp_version: 2"
+            )
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self.is_fsdp_xla_enabled or (plugin is not None and plugin.fsdp_version != 2):
+            found = "FSDP under XLA" if self.is_fsdp_xla_enabled else "FSDP version 1"
+            raise GaPError(
+                f"{found} flattens weights into vectors that hold no mask; set fsdp_version: 2 in training.fsdp_config, or "
+                "in accelerate's own config"
+            )
         if self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is not None:
             raise GaPError(
                 "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
@@ -192,8 +205,10 @@ class GaPMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and, beside it, config and masks; these come first because Trainer may push at the end."""
-        if self.gap is not None and self.args.should_save:
-            checkpoint.save(output_dir or str(self.args.output_dir), self.gap, step=self.state.global_step)
+        if self.gap is not None:
+            # On all ranks, because sharded masks have to be gathered; it does nothing more where nothing is sharded.
+            folder, step = output_dir or str(self.args.output_dir), self.state.global_step
+            checkpoint.save(folder, self.gap, step=step, write=self.args.should_save)
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
