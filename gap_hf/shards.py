@@ -53,8 +53,8 @@ class Peers:
             return mine.unsqueeze(0)
         # As bytes: what is sent needs no arithmetic, and not every backend knows every dtype.
         sent = mine.to(self.device).contiguous().reshape(-1).view(torch.uint8)
-        received = sent.new_empty(self.num_ranks * sent.numel())
-        dist.all_gather_into_tensor(received, sent, group=self.group)
+        received = sent.new_empty((self.num_ranks, sent.numel()))
+        dist.all_gather(list(received.unbind(0)), sent, group=self.group)
         return received.view(mine.dtype).view(self.num_ranks, *mine.shape).to(mine.device)
 
 
@@ -97,7 +97,7 @@ class Part:
     def gather(self, part: Tensor) -> Tensor:
         """The whole tensor, from everybody's rows, on every process and on `part`'s device. On all ranks.
 
-        Needs memory for two copies of it for the moment.
+        Needs memory for up to three copies of it for the moment.
         """
         assert tuple(part.shape) == self.local_shape, (part.shape, self.local_shape)
         if self.peers.group is None:
