@@ -70,6 +70,10 @@ _Base = Trainer if TYPE_CHECKING else object
 class GaPMixin(_Base):
     """Adds scheduled grow-and-prune to any Trainer subclass: ``class MyTrainer(GaPMixin, SFTTrainer): ...``.
 
+    Under FSDP version 2 masks are sharded as weights are (`gap_hf.shards`), and `save_model` is for all ranks, as Trainer's own
+    is. Models that transformers shards while loading them (``distributed_config``) are tested on a CPU; ``fsdp: true`` was not
+    run through Trainer yet, because that takes a GPU: on a CPU accelerate silently trains with DDP instead.
+
     Args:
         gap_config: A `GaPConfig`, a mapping of its keys, or None for plain Trainer.
         *args, **kwargs: As the Trainer takes them.
@@ -81,9 +85,6 @@ class GaPMixin(_Base):
         GaPError: for what cannot work (DataParallel, FSDP version 1, DeepSpeed, quantised weights, optimizers that step
             in backward), and if the model has nothing to prune. What the model and the arguments rule out is refused
             before the output folder is made.
-
-    FSDP version 2 shards weights, and masks with them: see `gap_hf.shards`. Under it `save_model` is for all ranks, as
-    Trainer's own is. Through Trainer it was not run on a GPU yet; on a CPU, Trainer trains with DDP instead.
     """
 
     def __init__(self, *args: Any, gap_config: GaPConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:

@@ -42,6 +42,12 @@ def test_every_change_is_that_of_a_single_process(summaries: dict[int, Any], wor
     assert (summaries[world]["empty"] > 0) == (world == 4)
 
 
+def test_trainer_on_a_model_that_is_sharded_when_loaded(summaries: dict[int, Any]) -> None:
+    if not summaries[2]["trainer"]:
+        pytest.skip("this transformers' Trainer takes no model that is sharded when it is loaded")
+    assert summaries[2]["trainer"] is True
+
+
 def test_masks_are_loaded_with_another_number_of_processes(summaries: dict[int, Any]) -> None:
     loaded = {world: {w for c in s["cases"].values() for w in c["loaded"]} for world, s in summaries.items()}
     assert loaded == {1: set(), 2: {"1"}, 4: {"1", "2"}}
