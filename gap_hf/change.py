@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gap_hf.patterns import CHUNK
+from gap_hf.largest import CHUNK
 from gap_hf.phases import Phase, Update
+from gap_hf.shards import Part, exchange, total_counts
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Change:
 
 
 class Tally:
-    """Sums over the tensors of one change."""
+    """Sums over the tensors of one change; tensors are the parts that lie here, sums those of the whole. On all ranks."""
 
     def __init__(self) -> None:
         self.pruned: set[int] = set()
@@ -56,19 +57,23 @@ class Tally:
         if update.grow_to is not None:
             self.grown.update(update.groups)
 
-    def drop(self, param: Tensor, mask: Tensor) -> None:
+    def drop(self, param: Tensor, mask: Tensor, part: Part) -> None:
         """Note what a mask will take from a weight, which it has not yet been applied to."""
-        self._norm.append(float(torch.linalg.vector_norm(param, dtype=_sum_dtype(param))) ** 2)
+        norm = float(torch.linalg.vector_norm(param, dtype=_sum_dtype(param))) ** 2
         # In chunks: a masked copy of the whole would double what a prune of bf16 weights needs.
-        parts = zip(param.reshape(-1).split(CHUNK), mask.reshape(-1).split(CHUNK), strict=True)
-        self._dropped += [
-            float(torch.linalg.vector_norm(p.masked_fill(m == 1, 0), dtype=_sum_dtype(p))) ** 2 for p, m in parts
+        chunks = zip(param.reshape(-1).split(CHUNK), mask.reshape(-1).split(CHUNK), strict=True)
+        dropped = [
+            float(torch.linalg.vector_norm(p.masked_fill(m == 1, 0), dtype=_sum_dtype(p))) ** 2 for p, m in chunks
         ]
+        norms, losses = exchange([norm, math.fsum(dropped)], [part, part])
+        self._norm += norms
+        self._dropped += losses
 
-    def compare(self, old: Tensor, new: Tensor) -> None:
+    def compare(self, old: Tensor, new: Tensor, part: Part) -> None:
         """Note how far two masks of a weight agree."""
-        self._overlap += int((old & new).sum())
-        self._union += int((old | new).sum())
+        overlap, union = total_counts([int((old & new).sum()), int((old | new).sum())], [part, part])
+        self._overlap += overlap
+        self._union += union
 
     @property
     def pruning_error(self) -> float | None:

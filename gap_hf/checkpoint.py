@@ -49,16 +49,31 @@ class GaPState:
     replicas: dict[str, str]  # file of each worker's replica to its SHA-256, where they were apart
 
 
-def save(folder: str | Path, sparsifier: Sparsifier, *, step: int, replicas: Mapping[str, str] | None = None) -> None:
+def save(
+    folder: str | Path,
+    sparsifier: Sparsifier,
+    *,
+    step: int,
+    replicas: Mapping[str, str] | None = None,
+    write: bool = True,
+) -> None:
     """Write the two files into `folder`, which is made if need be; each is complete or absent.
 
-    `replicas` is what `save_replicas` gave.
+    Where weights are sharded, call it on all ranks, with `write` on the one that writes: the masks are gathered, one tensor
+    at a time, and the files are those of a single process. `replicas` is what `save_replicas` gave.
     """
+    masks = {name: sparsifier.masks[name] for name in sparsifier.weights}
+    keyed = [(f"mask/{name}", name, mask) for name, mask in masks.items() if mask is not None]
+    keyed += [(f"previous/{name}", name, mask) for name, mask in sparsifier.previous.items()]
+    bits: dict[str, Tensor] = {}
+    for key, name, mask in keyed:
+        gathered = sparsifier.masks.parts[name].gather(mask)
+        if write:
+            bits[key] = pack_bits(gathered)
+    if not write:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    masks = {name: sparsifier.masks[name] for name in sparsifier.weights}
-    bits = {f"mask/{name}": pack_bits(mask) for name, mask in masks.items() if mask is not None}
-    bits |= {f"previous/{name}": pack_bits(mask) for name, mask in sparsifier.previous.items()}
     masks_file = folder / f".{MASKS_NAME}.part"
     save_file(bits, masks_file, metadata={"format": "pt"})
     header = {

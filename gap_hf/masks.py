@@ -1,4 +1,7 @@
-"""Masks by name: which weights are live, kept as uint8 in memory and as bits on disk. No schedule, no files."""
+"""Masks by name: which weights are live, kept as uint8 in memory and as bits on disk. No schedule, no files.
+
+Of a sharded weight each process holds the part of the mask that belongs to its part of the weight. Counts are of the whole.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from gap_hf.errors import GaPError
+from gap_hf.shards import Part, local, part_of, total_counts
 
 
 class Masks:
     """A mask, or None for a tensor that is dense now, for every prunable weight of a model.
 
     uint8 multiplies as fast as float at a quarter of its memory, and twice as fast as bool (measured on CPU).
+
+    Raises:
+        GaPError: if a weight is sharded in a way that is not supported.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         self.params = dict(params)
+        self.parts: dict[str, Part] = {name: part_of(p, name) for name, p in self.params.items()}
+        # Counted when a mask is set, which is on all ranks; to ask is not.
+        self._live = {name: p.numel() for name, p in self.params.items()}
         self._masks: dict[str, Tensor | None] = dict.fromkeys(self.params)
         self._sparse: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -30,41 +40,42 @@ class Masks:
         return iter(self._masks)
 
     def set(self, name: str, mask: Tensor | None) -> None:
-        """Replace one mask and, if there is one, set the masked weights to +0.
+        """Replace one mask and, if there is one, set the masked weights to +0. On all ranks; `mask` is of the local part.
 
         `masked_fill_` and not a product: it removes NaN and gives no negative zero.
         """
-        param = self.params[name]
+        param = local(self.params[name])
         if mask is not None:
             assert mask.shape == param.shape and mask.dtype == torch.uint8, name
             mask = mask.to(param.device)
             with torch.no_grad():
                 param.masked_fill_(mask == 0, 0)
         self._masks[name] = mask
+        # A sum of uint8 accumulates in int64.
+        count = param.numel() if mask is None else int(mask.sum())
+        self._live[name] = total_counts([count], [self.parts[name]])[0]
         self._sparse = [(self.params[n], m) for n, m in self._masks.items() if m is not None]
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
         """Set every masked weight to 0, in place."""
         for param, mask in self._sparse:
-            param.mul_(mask)
+            local(param).mul_(mask)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradient of every masked weight to 0, in place; parameters without a gradient are left out."""
         for param, mask in self._sparse:
             if param.grad is not None:
-                param.grad.mul_(mask)
+                local(param.grad).mul_(mask)
 
     def sparse_params(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters that have a mask now, with it."""
         return self._sparse
 
     def live(self, name: str) -> int:
-        """How many weights of one tensor are live."""
-        mask = self._masks[name]
-        # A sum of uint8 accumulates in int64.
-        return self.params[name].numel() if mask is None else int(mask.sum())
+        """How many weights of one tensor are live, on all processes together."""
+        return self._live[name]
 
     def sparsity(self, names: Sequence[str] | None = None) -> float:
         """Share of masked weights of the named tensors together (all by default)."""
@@ -74,14 +85,14 @@ class Masks:
 
     def digest(self, names: Sequence[str] | None = None) -> str:
         """SHA-256 over names, shapes and bits of the named tensors (all by default): equal on two machines exactly if their
-        masks are equal.
+        masks are equal. On all ranks.
         """
         sha = hashlib.sha256()
         for name in sorted(self._masks if names is None else names):
             mask = self._masks[name]
             sha.update(f"{name}:{tuple(self.params[name].shape)}:{'dense' if mask is None else 'sparse'};".encode())
             if mask is not None:
-                sha.update(pack_bits(mask).numpy().tobytes())
+                sha.update(pack_bits(self.parts[name].gather(mask)).numpy().tobytes())
         return sha.hexdigest()
 
 

@@ -1,15 +1,19 @@
 """What a mask change does to the optimizer: moments, Adam's step count, second copies of weights.
 
-Works on any `torch.optim.Optimizer`, bare or wrapped by Accelerate, by the names torch's own optimizers use.
+Works on any `torch.optim.Optimizer`, bare or wrapped by Accelerate, by the names torch's own optimizers use. State of a
+sharded parameter is sharded as it is, and masks are of the part that lies here.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from gap_hf.shards import exchange, local, part_of, total_counts
 
 # Copies of the weights themselves, not moments: schedule-free optimizers step on `z`.
 WEIGHT_COPIES = ("z",)
@@ -28,7 +32,7 @@ def unwrap(optimizer: Any) -> Optimizer:
 def weight_copies(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor]:
     """Second copies of a parameter that the optimizer keeps; they obey the mask as the parameter does."""
     state = optimizer.state.get(param, {})
-    return [state[key] for key in WEIGHT_COPIES if key in state]
+    return [local(state[key]) for key in WEIGHT_COPIES if key in state]
 
 
 @torch.no_grad()
@@ -68,7 +72,7 @@ def clear_grown(optimizer: Optimizer, param: nn.Parameter, mask: Tensor) -> None
     That is for torch's Adam and AdamW (amsgrad too). Other counts mean other things: RAdam's early steps are not
     normalised, schedule-free counts for the whole group. With them a grown weight's second moment starts from the
     mean of its tensor's survivors. State that is not plain floating-point (8-bit optimizers) cannot be edited by
-    entry: the tensor's whole state is forgotten, and the optimizer makes it anew.
+    entry: the tensor's whole state is forgotten, and the optimizer makes it anew. On all ranks.
     """
     state = optimizer.state.get(param)
     if not state:
@@ -77,22 +81,24 @@ def clear_grown(optimizer: Optimizer, param: nn.Parameter, mask: Tensor) -> None
         del optimizer.state[param]
         return
     grown = mask == 0
-    survivors = int(mask.sum())
     for value in _elementwise(state, param):
         value.masked_fill_(grown, 0)
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         second = state.get("exp_avg_sq")
-        if isinstance(second, Tensor) and second.shape == param.shape and survivors:
-            second.masked_fill_(grown, float(second.sum() / survivors))
+        if isinstance(second, Tensor) and second.shape == param.shape:
+            part = part_of(param, "optimizer state")
+            total = math.fsum(exchange([float(local(second).sum())], [part])[0])
+            if survivors := total_counts([int(mask.sum())], [part])[0]:
+                local(second).masked_fill_(grown, total / survivors)
         return
     count = float(state["step"])
     if count <= 1:
         return
     beta1, beta2 = (float(b) for b in _group_of(optimizer, param)["betas"])
-    state["exp_avg"].mul_((1 - beta1) / (1 - beta1**count))
+    local(state["exp_avg"]).mul_((1 - beta1) / (1 - beta1**count))
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
         if key in state:
-            state[key].mul_((1 - beta2) / (1 - beta2**count))
+            local(state[key]).mul_((1 - beta2) / (1 - beta2**count))
     if isinstance(state["step"], Tensor):
         state["step"].fill_(1)
     else:
@@ -100,12 +106,12 @@ def clear_grown(optimizer: Optimizer, param: nn.Parameter, mask: Tensor) -> None
 
 
 def _elementwise(state: dict[str, Any], param: nn.Parameter) -> list[Tensor]:
-    """State tensors with one entry per weight. Factored state (Adafactor's rows and columns) has none to clear.
+    """State with one entry per weight, what lies here of it. Factored state (Adafactor's rows and columns) has none to clear.
 
     Weight copies are among them on purpose: a pruned or grown weight restarts at 0 in them too.
     """
     return [
-        value
+        local(value)
         for value in state.values()
         if isinstance(value, Tensor) and value.shape == param.shape and value.ndim > 0 and not _is_packed(value, param)
     ]
@@ -115,7 +121,8 @@ def _is_packed(value: Any, param: nn.Parameter) -> bool:
     """True for quantised moments: bitsandbytes' codes are uint8 of the parameter's shape, torchao's a subclass."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return False
-    return type(value) is not Tensor or (value.shape == param.shape and not value.is_floating_point())
+    part = local(value)
+    return type(part) is not Tensor or (value.shape == param.shape and not part.is_floating_point())
 
 
 def _group_of(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Any]:

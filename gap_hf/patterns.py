@@ -1,15 +1,17 @@
 """Which weights to keep: exact magnitude masks for each pattern, and how a target is spread over tensors.
 
-Selection never sorts a whole tensor. The k-th largest magnitude is found by counting the bit patterns of
-``|w|`` in passes of 16 bits over chunks: for non-negative IEEE floats, larger means larger bits. That is exact,
-needs memory for one chunk beside the mask, works alike on CPU and GPU, and pools any number of tensors under one
-threshold. Ties at the threshold are kept in order of tensor, then of index, until the count is met.
+`gap_hf.largest` says which scores are the largest; here is what is scored, and what lives or dies as one.
+
+Weights may be sharded: then the part that lies here is given, and so is its mask. Unstructured masks gather nothing. Where
+the rows that a process holds may cut a structure, or do not follow the order of structures that settles ties, one weight
+at a time is gathered whole on every process: N:M, blocks and tiles of GPT-2's Conv1D and of convolutions, and blocks and
+tiles of rows that do not divide the rows of a process. Of a pool of such weights each process keeps its share of the scores.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -17,9 +19,9 @@ from torch import Tensor
 
 from gap_hf.config import Pattern
 from gap_hf.errors import GaPError
+from gap_hf.largest import CHUNK, Scores, largest, refuse_nan
 from gap_hf.phases import round_half_up
-
-CHUNK = 1 << 22  # elements looked at together: 32 MiB of int64 counts' input at most
+from gap_hf.shards import Part, whole
 
 
 def num_kept(sparsity: Fraction | float, num_units: int) -> int:
@@ -72,17 +74,25 @@ def check_fits(name: str, shape: Sequence[int], layout: str, pattern: Pattern) -
             )
 
 
-def magnitude_mask(weight: Tensor, pattern: Pattern, keep: int, layout: str = "out_in", name: str = "weight") -> Tensor:
-    """Keep the `keep` units of largest magnitude of one weight.
+def magnitude_mask(
+    weight: Tensor,
+    pattern: Pattern,
+    keep: int,
+    layout: str = "out_in",
+    name: str = "weight",
+    part: Part | None = None,
+) -> Tensor:
+    """Keep the `keep` units of largest magnitude of one weight. On all ranks, if it is sharded.
 
     Args:
-        weight: Any float dtype and device.
+        weight: Any float dtype and device; what lies here of it.
         pattern: What lives or dies together.
         keep: Units to keep (weights; blocks for a block pattern, scored by the sum of their magnitudes).
             ``n:m`` and ``transposable`` prune whole groups of weights, in each of which they keep what the pattern
             says, and as many groups as fit: all of them at the pattern's own count, fewer above it.
         layout: How the tensor reads as outputs by inputs, see `gap_hf.targets`.
         name: Used in errors.
+        part: Where `weight` lies in the whole; by default it is the whole.
 
     Returns:
         uint8 mask of `weight`'s shape and device: 1 is live.
@@ -90,11 +100,15 @@ def magnitude_mask(weight: Tensor, pattern: Pattern, keep: int, layout: str = "o
     Raises:
         GaPError: if the weight holds NaN.
     """
+    part = part or whole(weight.shape)
+    if pattern.kind not in ("n:m", "transposable"):
+        return pooled_masks([weight], pattern, keep, [layout], [name], parts=[part])[0]
+    if _is_cut(part, pattern, layout):
+        return part.cut(magnitude_mask(part.gather(weight), pattern, keep, layout, name))
+    refuse_nan([Scores(weight.reshape(-1), part.units(1), name)])
     if pattern.kind == "n:m":
-        return _n_of_m_mask(weight, pattern, keep, layout, name)
-    if pattern.kind == "transposable":
-        return _transposable_mask(weight, keep, layout, name)
-    return pooled_masks([weight], pattern, keep, [layout], [name])[0]
+        return _n_of_m_mask(weight, pattern, keep, layout, part)
+    return _transposable_mask(weight, keep, layout, part)
 
 
 def pooled_masks(
@@ -104,34 +118,30 @@ def pooled_masks(
     layouts: Sequence[str],
     names: Sequence[str],
     within: Sequence[Tensor] | None = None,
+    parts: Sequence[Part] | None = None,
 ) -> list[Tensor]:
     """Keep the `keep` units of largest magnitude of several weights together, under one threshold.
 
-    Unstructured and block patterns only. Ties go to the earlier tensor, then to the lower index.
+    Unstructured and block patterns only. Ties go to the earlier tensor, then to the lower index. On all ranks, if a
+    weight is sharded.
 
     Args:
         within: Masks whose live units go before all others, so that a live weight of 0 is kept before a masked one.
+        parts: Where the weights (and masks) lie in the whole ones; by default they are these.
 
     Returns:
         One uint8 mask per weight, of its shape and device; together they keep exactly `keep` units.
     """
-    if pattern.kind == "block":
-        scores = [_block_scores(w, pattern, layout) for w, layout in zip(weights, layouts, strict=True)]
-    else:
-        scores = [w.detach().reshape(-1) for w in weights]
-    live = None
-    if within is not None:
-        # A block is live if any weight of it is.
-        units = zip(within, layouts, strict=True)
-        live = (
-            [_block_scores(m.float(), pattern, layout) > 0 for m, layout in units]
-            if pattern.kind == "block"
-            else [m.reshape(-1) for m in within]
-        )
-    masks = _largest(scores, keep, names, live)
-    if pattern.kind == "block":
-        return [_expand_blocks(m, w, pattern, layout) for m, w, layout in zip(masks, weights, layouts, strict=True)]
-    return [m.view(w.shape) for m, w in zip(masks, weights, strict=True)]
+    parts = parts or [whole(w.shape) for w in weights]
+    flags = within if within is not None else [None] * len(weights)
+    pool = [_unit_scores(*each, pattern) for each in zip(weights, flags, parts, layouts, names, strict=True)]
+    masks = largest(pool, keep)
+    if pattern.kind != "block":
+        return [m.view(w.shape) for m, w in zip(masks, weights, strict=True)]
+    return [
+        _expand_blocks(m, s.part, pattern, layout, part)
+        for m, s, layout, part in zip(masks, pool, layouts, parts, strict=True)
+    ]
 
 
 def random_mask(shape: Sequence[int], pattern: Pattern, keep: int, layout: str, generator: torch.Generator) -> Tensor:
@@ -173,74 +183,6 @@ def spread(total: int, shares: Sequence[Fraction]) -> list[int]:
     return counts
 
 
-# --- selection -------------------------------------------------------------------------------------------------------
-
-
-def _largest(
-    scores: Sequence[Tensor], keep: int, names: Sequence[str], live: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """uint8 masks of the `keep` entries of largest magnitude over all the 1-D `scores`, live ones before others."""
-    total = sum(s.numel() for s in scores)
-    assert 0 <= keep <= total, (keep, total)
-    # 64 bits only if someone trains in float64: a float32 cast would make ties of different weights.
-    num_bits = 64 if any(s.dtype == torch.float64 for s in scores) else 32
-    if keep == 0:
-        return [torch.zeros(s.numel(), dtype=torch.uint8, device=s.device) for s in scores]
-    flags = live if live is not None else [None] * len(scores)
-    threshold, num_above = _kth_largest_bits(scores, flags, keep, num_bits, names)
-    ties_left = keep - num_above
-    masks = []
-    for score, flag in zip(scores, flags, strict=True):
-        mask = torch.empty(score.numel(), dtype=torch.uint8, device=score.device)
-        for (part, flag_part), out in zip(_chunks(score, flag), mask.split(CHUNK), strict=True):
-            bits = _magnitude_bits(part, flag_part, num_bits)
-            out.copy_(bits > threshold)
-            tied = (bits == threshold).nonzero().squeeze(1)[:ties_left] if ties_left else None
-            if tied is not None:
-                out[tied] = 1
-                ties_left -= tied.numel()
-        masks.append(mask)
-    return masks
-
-
-def _kth_largest_bits(
-    scores: Sequence[Tensor], flags: Sequence[Tensor | None], k: int, num_bits: int, names: Sequence[str]
-) -> tuple[int, int]:
-    """Bit pattern of the k-th largest magnitude (k from 1), and how many entries are strictly above it."""
-    prefix, num_above = 0, 0
-    for shift in range(num_bits - 16, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for score, flag, name in zip(scores, flags, names, strict=True):
-            for part, flag_part in _chunks(score, flag):
-                bits = _magnitude_bits(part, flag_part, num_bits)
-                if shift == num_bits - 16:
-                    _refuse_nan(part, name)
-                else:
-                    bits = bits[(bits >> (shift + 16)) == prefix]
-                counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
-        at_least = counts.flip(0).cumsum(0)  # entry i: how many have a digit of at least 65535 - i
-        position = int(torch.searchsorted(at_least, k - num_above))
-        num_above += int(at_least[position - 1]) if position else 0
-        prefix = (prefix << 16) | (0xFFFF - position)
-    return prefix, num_above
-
-
-def _magnitude_bits(part: Tensor, live: Tensor | None, num_bits: int) -> Tensor:
-    """|w| as integers that order as the magnitudes do; bf16 and fp16 widen exactly. What is not live comes below 0."""
-    bits = part.abs().double().view(torch.int64) if num_bits == 64 else part.abs().float().view(torch.int32)
-    return bits if live is None else bits.add_(1).mul_(live)
-
-
-def _chunks(flat: Tensor, live: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for i in range(0, flat.numel(), CHUNK):
-        yield flat[i : i + CHUNK], None if live is None else live[i : i + CHUNK]
-
-
-def _refuse_nan(part: Tensor, name: str) -> None:
-    if bool(torch.isnan(part).any()):
-        raise GaPError(f"{name}: holds NaN, expected finite weights to prune by magnitude; training has diverged")
-
-
 # --- structure -------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +212,29 @@ def _from_matrix(matrix: Tensor, layout: str, shape: Sequence[int]) -> Tensor:
     return matrix.permute(1, 2, 0).reshape(tuple(shape)).contiguous()
 
 
+def _is_cut(part: Part, pattern: Pattern, layout: str) -> bool:
+    """Whether a structure may lie on two processes, or their order is not that of the structures."""
+    if part.peers.num_ranks == 1 or pattern.kind == "unstructured" or layout.startswith("expert"):
+        return False
+    if layout == "in_out" or matrix_shape(part.shape, layout)[0] > 1:
+        return True
+    return part.step % {"block": pattern.rows, "transposable": 4}.get(pattern.kind, 1) != 0
+
+
+def _unit_scores(weight: Tensor, mask: Tensor | None, part: Part, layout: str, name: str, pattern: Pattern) -> Scores:
+    """What each unit of this process' share weighs, and whether it is live: a block is if any weight of it is."""
+    if pattern.kind != "block":
+        return Scores(weight.detach().reshape(-1), part.units(1), name, None if mask is None else mask.reshape(-1))
+    if not _is_cut(part, pattern, layout):
+        units = part.units(pattern.rows * pattern.cols)
+        live = None if mask is None else _block_scores(mask.float(), pattern, layout) > 0
+        return Scores(_block_scores(weight, pattern, layout), units, name, live)
+    units = part.dealt(num_units(part.shape, pattern))
+    scores = units.cut(_block_scores(part.gather(weight.detach()), pattern, layout))
+    live = None if mask is None else units.cut(_block_scores(part.gather(mask).float(), pattern, layout) > 0)
+    return Scores(scores, units, name, live)
+
+
 def _block_scores(weight: Tensor, pattern: Pattern, layout: str) -> Tensor:
     """Sum of magnitudes of each R x C block, 1-D, in order of batch, block row, block column."""
     blocks = _split_blocks(_to_matrix(weight.detach(), layout), pattern)
@@ -282,32 +247,35 @@ def _split_blocks(matrix: Tensor, pattern: Pattern) -> Tensor:
     return matrix.reshape(batch, outputs // pattern.rows, pattern.rows, inputs // pattern.cols, pattern.cols)
 
 
-def _expand_blocks(mask: Tensor, weight: Tensor, pattern: Pattern, layout: str) -> Tensor:
-    batch, outputs, inputs = matrix_shape(weight.shape, layout)
-    grid = mask.view(batch, outputs // pattern.rows, 1, inputs // pattern.cols, 1)
+def _expand_blocks(mask: Tensor, units: Part, pattern: Pattern, layout: str, part: Part) -> Tensor:
+    """A mask of weights from one of blocks; both are what lies here."""
+    is_cut = _is_cut(part, pattern, layout)
+    shape = part.shape if is_cut else part.local_shape
+    batch, outputs, inputs = matrix_shape(shape, layout)
+    grid = units.gather(mask) if is_cut else mask
+    grid = grid.view(batch, outputs // pattern.rows, 1, inputs // pattern.cols, 1)
     full = grid.expand(-1, -1, pattern.rows, -1, pattern.cols).reshape(batch, outputs, inputs)
-    return _from_matrix(full, layout, weight.shape)
+    expanded = _from_matrix(full, layout, shape)
+    return part.cut(expanded) if is_cut else expanded
 
 
-def _n_of_m_mask(weight: Tensor, pattern: Pattern, keep: int, layout: str, name: str) -> Tensor:
+def _n_of_m_mask(weight: Tensor, pattern: Pattern, keep: int, layout: str, part: Part) -> Tensor:
     """Of every M consecutive inputs keep the N largest; ties to the lower index by a stable sort."""
     groups = _to_matrix(weight.detach(), layout).reshape(-1, pattern.m)
     mask = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
     rows = max(1, CHUNK // pattern.m)
     for i in range(0, groups.shape[0], rows):
-        part = groups[i : i + rows]
-        _refuse_nan(part, name)
-        order = torch.sort(part.abs(), dim=1, descending=True, stable=True).indices
+        order = torch.sort(groups[i : i + rows].abs(), dim=1, descending=True, stable=True).indices
         mask[i : i + rows].scatter_(1, order[:, : pattern.n], 1)
-    _fill_costly_groups(mask, groups, (weight.numel() - keep) // (pattern.m - pattern.n))
+    _fill_costly_groups(mask, groups, (part.numel - keep) // (pattern.m - pattern.n), part.units(pattern.m))
     return _from_matrix(mask.view(matrix_shape(weight.shape, layout)), layout, weight.shape)
 
 
-def _fill_costly_groups(mask: Tensor, groups: Tensor, num_pruned: int) -> None:
+def _fill_costly_groups(mask: Tensor, groups: Tensor, num_pruned: int, units: Part) -> None:
     """Leave only `num_pruned` groups (rows) pruned, those that lose least; make the others dense, in place."""
-    if num_pruned < groups.shape[0]:
+    if num_pruned < units.numel:
         losses = (groups.abs().double() * (1 - mask)).sum(dim=1)
-        dense = _largest([losses], groups.shape[0] - num_pruned, ["losses"])[0]
+        dense = largest([Scores(losses, units, "losses")], units.numel - num_pruned)[0]
         mask.masked_fill_(dense.bool().unsqueeze(1), 1)
 
 
@@ -320,7 +288,7 @@ _TRANSPOSABLE = [
 ]
 
 
-def _transposable_mask(weight: Tensor, keep: int, layout: str, name: str) -> Tensor:
+def _transposable_mask(weight: Tensor, keep: int, layout: str, part: Part) -> Tensor:
     """The best of the ninety masks for each 4x4 block, by kept magnitude; ties to the first of them."""
     tiles = _split_blocks(_to_matrix(weight.detach(), layout), Pattern("block", rows=4, cols=4))
     tiles = tiles.permute(0, 1, 3, 2, 4)
@@ -331,14 +299,12 @@ def _transposable_mask(weight: Tensor, keep: int, layout: str, name: str) -> Ten
     mask = torch.empty(flat.shape, dtype=torch.uint8, device=weight.device)
     rows = max(1, CHUNK // 128)
     for i in range(0, flat.shape[0], rows):
-        part = flat[i : i + rows]
-        _refuse_nan(part, name)
         # An infinite weight would make 0 * inf of every mask that drops it.
-        kept = part.abs().double().clamp(max=1e300) @ choices.double().t()
+        kept = flat[i : i + rows].abs().double().clamp(max=1e300) @ choices.double().t()
         # argmax may return any of several maxima; the first True of an equality test is always the lowest.
         best = (kept == kept.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
         mask[i : i + rows] = choices[best]
-    _fill_costly_groups(mask, flat, (weight.numel() - keep) // 8)
+    _fill_costly_groups(mask, flat, (part.numel - keep) // 8, part.units(16))
     batch, outputs, inputs = matrix_shape(weight.shape, layout)
     matrix = mask.view(*grid, 4, 4).permute(0, 1, 3, 2, 4).reshape(batch, outputs, inputs)
     return _from_matrix(matrix, layout, weight.shape)

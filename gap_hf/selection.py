@@ -1,6 +1,8 @@
 """Which weights of a model live at a level: counts, pools, structure, and what a drop and regrowth leaves.
 
-Between the patterns, which know one tensor or one pool, and the sparsifier, which knows the run.
+Between the patterns, which know one tensor or one pool, and the sparsifier, which knows the run. Of a sharded weight, masks
+are of the part that lies here, counts of the whole, and every choice is made on all ranks: it is the one that a single
+process would make.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from gap_hf.allocation import keep_counts
 from gap_hf.config import GaPConfig, Pattern, parse_pattern
 from gap_hf.patterns import magnitude_mask, num_kept, num_units, pooled_masks, random_mask
 from gap_hf.phases import Update, round_half_up
+from gap_hf.shards import exchange, local, part_of, total_counts
 from gap_hf.targets import Targets
 
 # A survivor's score in a regrowth, where what may grow has at most 1. More than the 8 that a 4x4 tile can gain by
@@ -38,6 +41,7 @@ class Selection:
 
     def __init__(self, targets: Targets, config: GaPConfig, params: Mapping[str, nn.Parameter], *, seed: int) -> None:
         self.config, self.params, self.seed = config, params, seed
+        self.parts = {n: part_of(p, n) for n, p in params.items()}
         self.pattern = parse_pattern(config.pattern)
         self.weights = {w.name: w for w in targets.weights}
         self._counts = keep_counts(targets, config)
@@ -56,7 +60,7 @@ class Selection:
             masks: Masks in force, None for a dense tensor. Live weights are kept before masked ones, even those of 0.
             pool_target: Units that the pool keeps at the target, if not its own share of them.
         """
-        values = {n: self.params[n].detach() for n in names}
+        values = {n: local(self.params[n]).detach() for n in names}
         out: dict[str, Tensor] = {}
         for pool in self._pools(names):
             within = [m for n in pool if masks is not None and (m := masks[n]) is not None]
@@ -68,7 +72,9 @@ class Selection:
         """A first mask, from (seed, name) and a generator of its own: equal on every rank, and no draw from the global one."""
         weight = self.weights[name]
         keep = self._keep([name], level, self._counts[name])
-        return random_mask(weight.shape, self.pattern, keep, weight.layout, self._generator(name, "initial mask"))
+        # Drawn whole by every process, which then keeps its part.
+        mask = random_mask(weight.shape, self.pattern, keep, weight.layout, self._generator(name, "initial mask"))
+        return self.parts[name].cut(mask)
 
     def regrown(self, masks: Mapping[str, Tensor], update: Update) -> dict[str, Tensor]:
         """New masks after the drop and the growth of an update.
@@ -86,7 +92,8 @@ class Selection:
         out: dict[str, Tensor] = {}
         for pool in self._pools(names):
             scores = {n: self._growth_scores(n, update) for n in pool}
-            largest = max(float(s.max()) for s in scores.values())
+            tops = [float(s.max()) if s.numel() else 0.0 for s in scores.values()]
+            largest = max(max(ranks) for ranks in exchange(tops, [self.parts[n] for n in pool]))
             for name, score in scores.items():
                 score.div_(largest or 1.0).masked_fill_(survivors[name] == 1, _SURVIVOR)
             # An exchange leaves as many as there were; a pool's own share of the target may be another number.
@@ -114,7 +121,9 @@ class Selection:
 
     def live_units(self, masks: Mapping[str, Tensor]) -> int:
         """Live units of masks of this pattern: weights, or blocks."""
-        return sum(int(m.sum()) * num_units(m.shape, self.pattern) // m.numel() for m in masks.values())
+        live = total_counts([int(m.sum()) for m in masks.values()], [self.parts[n] for n in masks])
+        shares = [num_units(self.weights[n].shape, self.pattern) / Fraction(self.weights[n].numel) for n in masks]
+        return int(sum(count * share for count, share in zip(live, shares, strict=True)))
 
     def is_pooled(self, name: str) -> bool:
         """True if a tensor shares a threshold with others: under ``global``, unless an override gives it its own."""
@@ -130,15 +139,17 @@ class Selection:
     ) -> dict[str, Tensor]:
         if pattern.kind in ("n:m", "transposable"):
             (name,) = pool
-            return {name: magnitude_mask(values[name], pattern, keep, self.weights[name].layout, name)}
+            layout = self.weights[name].layout
+            return {name: magnitude_mask(values[name], pattern, keep, layout, name, self.parts[name])}
         layouts = [self.weights[n].layout for n in pool]
-        found = pooled_masks([values[n] for n in pool], pattern, keep, layouts, pool, within)
+        parts = [self.parts[n] for n in pool]
+        found = pooled_masks([values[n] for n in pool], pattern, keep, layouts, pool, within, parts)
         return dict(zip(pool, found, strict=True))
 
     def _dropped(self, masks: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """The masks without the smallest `share` of their live units, which are weights unless blocks are."""
         pattern = self.pattern if self.pattern.kind == "block" else Pattern("unstructured")
-        values = {n: self.params[n].detach() for n in masks}
+        values = {n: local(self.params[n]).detach() for n in masks}
         out: dict[str, Tensor] = {}
         for pool in self._pools(list(masks)):
             within = {n: masks[n] for n in pool}
@@ -152,9 +163,9 @@ class Selection:
         param = self.params[name]
         if update.grow_by == "gradient":
             assert param.grad is not None, name
-            return param.grad.detach().abs().float()
+            return local(param.grad).detach().abs().float()
         draw = torch.rand(tuple(param.shape), generator=self._generator(name, f"growth at step {update.step}"))
-        return draw.to(param.device)
+        return self.parts[name].cut(draw).to(param.device)
 
     def _generator(self, name: str, draw: str) -> torch.Generator:
         digest = hashlib.sha256(f"gap_hf {draw} {self.seed} {name}".encode()).digest()

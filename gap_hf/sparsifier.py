@@ -30,6 +30,7 @@ from gap_hf.optimizer_state import clear_grown, clear_pruned, reset_all, unwrap,
 from gap_hf.phases import PARALLEL, Update
 from gap_hf.plan import Plan, make_plan
 from gap_hf.selection import Selection
+from gap_hf.shards import local, reshard, total_counts
 from gap_hf.targets import PrunableWeight, clean_name, find_targets
 from gap_hf.workers import OneWorker
 
@@ -65,6 +66,7 @@ class Sparsifier:
     ) -> None:
         self.model, self.config, self.optimizer = model, config, optimizer
         self.seed = config.seed if config.seed is not None else seed
+        reshard(model)
         self.targets = find_targets(model, config)
         self.weights: dict[str, PrunableWeight] = {w.name: w for w in self.targets.weights}
         self.groups = make_groups(self.targets, config, seed=self.seed)
@@ -168,6 +170,7 @@ class Sparsifier:
 
     def prune_to_target(self) -> float | None:
         """Prune whatever is not at its target, for a run that ends before its fine-tune. Returns the pruning error."""
+        reshard(self.model)
         tally = Tally()
         for group, level in enumerate(self.levels):
             if level < 1:
@@ -194,13 +197,15 @@ class Sparsifier:
         levels: Sequence[float],
         num_done: int,
     ) -> None:
-        """Continue at `step` with what a checkpoint recorded: masks (uint8, None for dense) and the attributes."""
+        """Continue at `step` with what a checkpoint recorded: whole masks (uint8, None for dense) and the attributes."""
         assert masks.keys() == self.weights.keys() and len(levels) == len(self.groups)
         self.phase, self.step = self.plan.phase_at(step), step
         self.levels, self.num_done = list(levels), num_done
+        reshard(self.model)
+        parts, params = self.masks.parts, self.masks.params
         for name, mask in masks.items():
-            self.masks.set(name, mask)
-        self.previous = {n: m.to(self.masks.params[n].device) for n, m in previous.items()}
+            self.masks.set(name, None if mask is None else parts[name].cut(mask))
+        self.previous = {n: parts[n].cut(m).to(params[n].device) for n, m in previous.items()}
 
     # --- what a report needs -----------------------------------------------------------------------------------------
 
@@ -289,7 +294,7 @@ class Sparsifier:
                 self._grow(name)
         for name, old in before.items():
             if old is not None and (new := self.masks[name]) is not None:
-                tally.compare(old, new)
+                tally.compare(old, new, self.masks.parts[name])
         for group in update.groups:
             self.levels[group] = update.level
 
@@ -309,9 +314,9 @@ class Sparsifier:
             names, level, masks={n: self.masks[n] for n in names}, pool_target=self._rest_of_the_pool(names)
         )
         for name in names:
-            tally.drop(self.masks.params[name].detach(), new[name])
+            tally.drop(local(self.masks.params[name]).detach(), new[name], self.masks.parts[name])
             if compare and (last := self.previous.pop(name, self.masks[name])) is not None:
-                tally.compare(last, new[name])
+                tally.compare(last, new[name], self.masks.parts[name])
             self._set_mask(name, new[name])
 
     def _rest_of_the_pool(self, names: Sequence[str]) -> int | None:
@@ -338,15 +343,16 @@ class Sparsifier:
         old = {n: mask for n in known if (mask := self.masks[n]) is not None}
         for name, mask in self.selection.regrown(old, update).items():
             if update.drop:
-                tally.drop(params[name].detach(), mask)
+                tally.drop(local(params[name]).detach(), mask, self.masks.parts[name])
             if self.optimizer is not None and self.config.optimizer_reset != "none":
                 # Survivors and what grows now: everything that was masked starts from fresh moments.
                 clear_grown(unwrap(self.optimizer), params[name], old[name])
             self._set_mask(name, mask)
 
     def _gradients_are_finite(self, update: Update) -> bool:
-        grads = [self.masks.params[n].grad for g in update.groups for n in self.groups[g].names]
-        return all(bool(torch.isfinite(g).all()) for g in grads if g is not None)
+        params = {n: self.masks.params[n] for g in update.groups for n in self.groups[g].names}
+        bad = {n: int(not local(p.grad).isfinite().all()) for n, p in params.items() if p.grad is not None}
+        return not any(total_counts(list(bad.values()), [self.masks.parts[n] for n in bad]))
 
     def _set_mask(self, name: str, mask: Tensor | None) -> None:
         self.masks.set(name, mask)
@@ -359,12 +365,12 @@ class Sparsifier:
 
     @torch.no_grad()
     def _mask_copies(self, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        optimizer = unwrap(self.optimizer)
         for param, mask in sparse:
-            for copy in weight_copies(optimizer, param):
+            for copy in weight_copies(unwrap(self.optimizer), param):
                 copy.mul_(mask)
 
     def _change(self, step: int, tally: Tally, *, begins_phase: bool) -> Change:
+        reshard(self.model)
         return Change(
             step=step,
             phase=self.phase,

@@ -20,6 +20,7 @@ from torch import nn
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError, nearest
 from gap_hf.layouts import CONVS, TRANSPOSED_CONVS, layout_of
+from gap_hf.shards import class_of
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Targets:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's or module's path without torch.compile's `_orig_mod` and DDP's leading `module`."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    """A parameter's or module's path without what torch.compile, FSDP's activation checkpointing and DDP put into it."""
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
     return ".".join(parts[1:] if parts[0:1] == ["module"] else parts)
 
 
@@ -170,7 +171,7 @@ class _Site(NamedTuple):
 
     @property
     def type_name(self) -> str:
-        return type(self.module).__name__
+        return class_of(self.module).__name__
 
 
 class _Param(NamedTuple):

@@ -43,6 +43,10 @@ _Base = Trainer if TYPE_CHECKING else object
 class GaPMixin(_Base):
     """Adds scheduled grow-and-prune to any Trainer subclass: ``class MyTrainer(GaPMixin, SFTTrainer): ...``.
 
+    Under FSDP version 2 masks are sharded as weights are (`gap_hf.shards`), and `save_model` is for all ranks, as Trainer's own
+    is. Models that transformers shards while loading them (``distributed_config``) are tested on a CPU; ``fsdp: true`` was not
+    run through Trainer yet, because that takes a GPU: on a CPU accelerate silently trains with DDP instead.
+
     Args:
         gap_config: A `GaPConfig`, a mapping of its keys, or None for plain Trainer.
         *args, **kwargs: As the Trainer takes them.
@@ -51,8 +55,9 @@ class GaPMixin(_Base):
         gap: The `Sparsifier` of the current run (masks, plan, report); None before `train()` and when GaP is off.
 
     Raises:
-        GaPError: for what cannot work (DataParallel, FSDP, DeepSpeed, quantised weights, optimizers that step in
-            backward), and if the model has nothing to prune. It is raised before the output folder is made.
+        GaPError: for what cannot work (DataParallel, FSDP version 1, DeepSpeed, quantised weights, optimizers that step
+            in backward), and if the model has nothing to prune. What the model and the arguments rule out is refused
+            before the output folder is made.
     """
 
     def __init__(self, *args: Any, gap_config: GaPConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -111,9 +116,24 @@ class GaPMixin(_Base):
                 f"{type(self.model).__name__} trains adapters beside frozen weights, and merging them would fill the zeros; "
                 "train the model itself, or prune it first and keep the adapters apart"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            found = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise GaPError(f"{found} shards weights, which this version cannot mask yet; use DDP, or a single process")
+        if self.is_deepspeed_enabled:
+            raise GaPError(
+                "DeepSpeed steps inside backward, on flat copies of the weights of its own that no mask reaches; use DDP, or "
+                "FSDP with fsdp_version: 2"
+            )
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self.is_fsdp_xla_enabled or (plugin is not None and plugin.fsdp_version != 2):
+            found = "FSDP under XLA" if self.is_fsdp_xla_enabled else "FSDP version 1"
+            raise GaPError(
+                f"{found} flattens weights into vectors that hold no mask; set fsdp_version: 2 in training.fsdp_config, or "
+                "in accelerate's own config"
+            )
+        if self._gap_on_config.method == "parallel" and (
+            self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
+        ):
+            raise GaPError(
+                "gap.method: 'parallel' trains whole replicas, and found a sharded model; expected DDP, or method: cyclic"
+            )
         if self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is not None:
             raise GaPError(
                 "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
@@ -191,8 +211,9 @@ class GaPMixin(_Base):
         is_checkpoint = Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR) and not self.args.save_only_model
         replicas = checkpoint.save_replicas(folder, self.gap) if self.gap.workers.apart and is_checkpoint else {}
         with self._gap_merged():
-            if self.args.should_save:
-                checkpoint.save(folder, self.gap, step=self.state.global_step, replicas=replicas)
+            # On all ranks, because sharded masks have to be gathered; it does nothing more where nothing is sharded.
+            step, write = self.state.global_step, self.args.should_save
+            checkpoint.save(folder, self.gap, step=step, replicas=replicas, write=write)
             return super().save_model(output_dir, _internal_call=_internal_call)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:

@@ -217,6 +217,7 @@ def test_names_are_clean_under_compile_and_ddp() -> None:
     assert clean_name("_orig_mod.blocks.0._orig_mod.fc1.weight") == "blocks.0.fc1.weight"
     assert clean_name("module._orig_mod.module.weight") == "module.weight"
     assert clean_name("encoder.module.weight") == "encoder.module.weight"
+    assert clean_name("layers.0._checkpoint_wrapped_module.fc1.weight") == "layers.0.fc1.weight"
     plain = targets_of(Net(), overrides={"blocks.0.*": 0.5}, exclude=["blocks.2"])
     model: Any = Net()
     model.blocks[0] = torch.compile(model.blocks[0])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from memory import PeakMemory
 from torch import Tensor
 
-from gap_hf import patterns
+from gap_hf import largest, patterns
 from gap_hf.config import Pattern, parse_pattern
 from gap_hf.errors import GaPError
 from gap_hf.patterns import (
@@ -49,11 +49,11 @@ chunks = st.sampled_from([1, 3, 16, 1 << 22])
 def chunk_size(size: int) -> Iterator[None]:
     """Small chunks, so that small tensors cross their borders."""
     before = patterns.CHUNK
-    patterns.CHUNK = size
+    patterns.CHUNK = largest.CHUNK = size
     try:
         yield
     finally:
-        patterns.CHUNK = before
+        patterns.CHUNK = largest.CHUNK = before
 
 
 def draw_tensor(shape: tuple[int, ...], kind: str, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

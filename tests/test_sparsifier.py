@@ -19,7 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from transformers.optimization import Adafactor
 
 from gap_hf import change as change_module
-from gap_hf import patterns
+from gap_hf import largest, patterns
 from gap_hf import sparsifier as sparsifier_module
 from gap_hf.config import GaPConfig, parse_pattern
 from gap_hf.errors import GaPError
@@ -643,6 +643,7 @@ def test_the_example_of_the_module_runs_and_trains() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prune_with_its_measures_needs_little_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(largest, "CHUNK", 1 << 14)
     monkeypatch.setattr(patterns, "CHUNK", 1 << 14)
     monkeypatch.setattr(change_module, "CHUNK", 1 << 14)
     model = nn.Sequential(nn.Linear(2048, 2048, bias=False)).to(dtype)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -591,6 +592,34 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
     args._n_gpu = 2
     with pytest.raises(GaPError, match="DataParallel over 2 GPUs"):
         GaPTrainer(model=causal_lm(), args=args, train_dataset=Tokens(), gap_config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("flags", "plugin", "message"),
+    [
+        ({"is_fsdp_enabled": True}, 1, r"FSDP version 1 flattens .* set fsdp_version: 2"),
+        ({"is_fsdp_enabled": True}, 2, None),
+        ({"is_fsdp_xla_enabled": True}, None, r"FSDP under XLA flattens .* set fsdp_version: 2"),
+        (
+            {"is_deepspeed_enabled": True},
+            None,
+            "DeepSpeed steps inside backward .* use DDP, or FSDP with fsdp_version: 2",
+        ),
+    ],
+)
+def test_of_what_shards_weights_fsdp2_is_accepted(
+    flags: dict[str, bool], plugin: int | None, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for what Trainer and accelerate say on a machine that has them: with `use_cpu` both fall back to DDP."""
+    trainer = gap_trainer(tmp_path)
+    for key, value in flags.items():
+        monkeypatch.setattr(trainer, key, value)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=plugin), raising=False)
+    if message is None:
+        trainer._gap_check_setup()
+        return
+    with pytest.raises(GaPError, match=message):
+        trainer._gap_check_setup()
 
 
 @pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
