@@ -7,6 +7,7 @@ sharded parameter is sharded as it is, and masks are of the part that lies here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,33 @@ def weight_copies(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor]:
     """Second copies of a parameter that the optimizer keeps; they obey the mask as the parameter does."""
     state = optimizer.state.get(param, {})
     return [local(state[key]) for key in WEIGHT_COPIES if key in state]
+
+
+def follow_growth(optimizer: Any, param: nn.Parameter, mask: Tensor, policy: str) -> None:
+    """After weights were grown that `mask` had at 0; `policy` is `GaPConfig.optimizer_reset`, and there may be no optimizer."""
+    if optimizer is not None and policy != "none":
+        clear_grown(unwrap(optimizer), param, mask)
+
+
+def follow_mask(optimizer: Any, param: nn.Parameter, mask: Tensor, policy: str) -> None:
+    """After a parameter was given a mask."""
+    if optimizer is not None and policy != "none":
+        clear_pruned(unwrap(optimizer), param, mask)
+    mask_weight_copies(optimizer, [(param, mask)])
+
+
+def follow_restart(optimizer: Any, policy: str) -> None:
+    """Where a phase begins."""
+    if optimizer is not None and policy == "all":
+        reset_all(unwrap(optimizer))
+
+
+@torch.no_grad()
+def mask_weight_copies(optimizer: Any, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Zero masked weights in the optimizer's own copies of them."""
+    for param, mask in sparse if optimizer is not None else ():
+        for copy in weight_copies(unwrap(optimizer), param):
+            copy.mul_(mask)
 
 
 @torch.no_grad()

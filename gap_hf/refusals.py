@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from gap_hf.allocation import keep_counts, make_groups
 from gap_hf.config import GaPConfig
@@ -54,6 +54,46 @@ def check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
         raise GaPError(
             f"gap.phase_epochs: num_train_epochs is {args.num_train_epochs:g}, less than the one that its length is "
             "measured by; expected phase_steps"
+        )
+
+
+def check_setup(trainer: Trainer, config: GaPConfig) -> None:
+    """What only a made trainer knows: how it spreads the model, and what it was given.
+
+    Raises:
+        GaPError: for DataParallel, adapters, DeepSpeed, FSDP version 1, P-GaP on a sharded model, and two schedulers.
+    """
+    # Only now: Trainer itself sets n_gpu to 1 for a model that is spread over several.
+    if trainer.args.n_gpu > 1:
+        raise GaPError(
+            f"DataParallel over {trainer.args.n_gpu} GPUs keeps short-lived replicas that no mask reaches; start the "
+            "script with `accelerate launch` or `torchrun`, or show it one GPU"
+        )
+    if hasattr(trainer.model, "peft_config"):
+        raise GaPError(
+            f"{type(trainer.model).__name__} trains adapters beside frozen weights, and merging them would fill the zeros; "
+            "train the model itself, or prune it first and keep the adapters apart"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise GaPError(
+            "DeepSpeed steps inside backward, on flat copies of the weights of its own that no mask reaches; use DDP, or "
+            "FSDP with fsdp_version: 2"
+        )
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if trainer.is_fsdp_xla_enabled or (plugin is not None and plugin.fsdp_version != 2):
+        found = "FSDP under XLA" if trainer.is_fsdp_xla_enabled else "FSDP version 1"
+        raise GaPError(
+            f"{found} flattens weights into vectors that hold no mask; set fsdp_version: 2 in training.fsdp_config, or "
+            "in accelerate's own config"
+        )
+    if config.method == "parallel" and (trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers):
+        raise GaPError(
+            "gap.method: 'parallel' trains whole replicas, and found a sharded model; expected DDP, or method: cyclic"
+        )
+    if config.lr_schedule == "restart" and trainer.lr_scheduler is not None:
+        raise GaPError(
+            "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
+            "(optimizer, None), or use lr_schedule: whole"
         )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from gap_hf.allocation import keep_counts
 from gap_hf.config import GaPConfig, Pattern, parse_pattern
+from gap_hf.masks import Masks
+from gap_hf.methods import get_method
 from gap_hf.patterns import magnitude_mask, num_kept, num_units, pooled_masks, random_mask
 from gap_hf.phases import Update, round_half_up
 from gap_hf.shards import exchange, local, part_of, total_counts
@@ -45,6 +47,7 @@ class Selection:
         self.pattern = parse_pattern(config.pattern)
         self.weights = {w.name: w for w in targets.weights}
         self._counts = keep_counts(targets, config)
+        self._draws_from_one_pool = config.distribution == "global" and get_method(config.method).GROUPS == "tensor"
 
     def by_magnitude(
         self,
@@ -124,6 +127,22 @@ class Selection:
         live = total_counts([int(m.sum()) for m in masks.values()], [self.parts[n] for n in masks])
         shares = [num_units(self.weights[n].shape, self.pattern) / Fraction(self.weights[n].numel) for n in masks]
         return int(sum(count * share for count, share in zip(live, shares, strict=True)))
+
+    def rest_of_the_pool(
+        self, names: Sequence[str], masks: Mapping[str, Tensor | None] | Masks, level_of: Mapping[str, float]
+    ) -> int | None:
+        """What tensors drawn one by one from a global pool keep for it to meet its total, once all the others are there.
+
+        Each draw shares its own total out anew, so a tensor may hold more or less than its share when it is drawn again.
+        None where groups are fixed, or some of the others are not at their target.
+        """
+        if not self._draws_from_one_pool:
+            return None
+        pool = [n for n in self.weights if self.is_pooled(n)]
+        rest = {n: masks[n] for n in pool if n not in set(names)}
+        if any(mask is None or level_of[n] < 1 for n, mask in rest.items()):
+            return None
+        return self.total_units(pool) - self.live_units({n: m for n, m in rest.items() if m is not None})
 
     def is_pooled(self, name: str) -> bool:
         """True if a tensor shares a threshold with others: under ``global``, unless an override gives it its own."""

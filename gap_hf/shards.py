@@ -173,6 +173,11 @@ def total_counts(counts: Sequence[int], parts: Sequence[Part]) -> list[int]:
     return [int(sum(values)) for values in exchange(counts, parts)]
 
 
+def is_sharded(model: nn.Module | None) -> bool:
+    """True if some of its parameters lie in parts on several processes."""
+    return model is not None and any(isinstance(param, DTensor) for param in model.parameters())
+
+
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 has gathered for a forward pass, so that parameters are the sharded ones and no copy goes stale.
 

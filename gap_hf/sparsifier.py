@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gap_hf.allocation import make_groups
@@ -25,8 +24,7 @@ from gap_hf.change import Change, Tally
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.masks import Masks
-from gap_hf.methods import get_method
-from gap_hf.optimizer_state import clear_grown, clear_pruned, reset_all, unwrap, weight_copies
+from gap_hf.optimizer_state import follow_growth, follow_mask, follow_restart, mask_weight_copies
 from gap_hf.phases import PARALLEL, Update
 from gap_hf.plan import Plan, make_plan
 from gap_hf.selection import Selection
@@ -86,7 +84,6 @@ class Sparsifier:
         params = {clean_name(n): p for n, p in model.named_parameters()}
         self.masks = Masks({name: params[name] for name in self.weights})
         self.selection = Selection(self.targets, config, self.masks.params, seed=self.seed)
-        self._draws_from_one_pool = config.distribution == "global" and get_method(config.method).GROUPS == "tensor"
         self.num_params = sum(p.numel() for p in model.parameters())
         # Masks of the last prune of tensors that were grown since, only to measure how much the next one differs.
         self.previous: dict[str, Tensor] = {}
@@ -141,7 +138,7 @@ class Sparsifier:
         tally = Tally()
         self._do_due(step, tally, begins=begins)
         if begins:
-            self._restart_optimizer()
+            follow_restart(self.optimizer, self.config.optimizer_reset)
         if not begins and not tally.pruned and not tally.grown:
             return None
         return self._change(step, tally, begins_phase=begins)
@@ -165,8 +162,7 @@ class Sparsifier:
     def mask_weights(self) -> None:
         """Zero masked weights, and the optimizer's own copies of them. Call after every optimizer step."""
         self.masks.apply_to_weights()
-        if self.optimizer is not None:
-            self._mask_copies(self.masks.sparse_params())
+        mask_weight_copies(self.optimizer, self.masks.sparse_params())
 
     def prune_to_target(self) -> float | None:
         """Prune whatever is not at its target, for a run that ends before its fine-tune. Returns the pruning error."""
@@ -264,7 +260,7 @@ class Sparsifier:
         while (update := self._due(step)) is not None and update.grow_by != "gradient":
             if update.merge:
                 workers.merge(self)
-                self._restart_optimizer()
+                follow_restart(self.optimizer, self.config.optimizer_reset)
             else:
                 if update.worker is not None and not workers.apart:
                     workers.fork(self)
@@ -275,10 +271,6 @@ class Sparsifier:
         if self.phase.kind == PARALLEL and not workers.apart:
             workers.fork(self)
         workers.activate(self, workers.reporter)
-
-    def _restart_optimizer(self) -> None:
-        if self.config.optimizer_reset == "all" and self.optimizer is not None:
-            reset_all(unwrap(self.optimizer))
 
     def _apply(self, update: Update, tally: Tally, *, final: bool) -> None:
         """Do one update. `final` prunes are compared with the last ones; those inside a phase are on their way."""
@@ -303,37 +295,24 @@ class Sparsifier:
         mask = self.masks[name]
         if mask is None:
             return
-        if self.optimizer is not None and self.config.optimizer_reset != "none":
-            clear_grown(unwrap(self.optimizer), self.masks.params[name], mask)
+        follow_growth(self.optimizer, self.masks.params[name], mask, self.config.optimizer_reset)
         self.previous[name] = mask
         self.masks.set(name, None)
 
     def _prune(self, names: Sequence[str], level: float, tally: Tally, *, compare: bool) -> None:
         """Prune tensors to a level, pooled where the distribution says so."""
+        level_of = {n: group_level for g, group_level in zip(self.groups, self.levels, strict=True) for n in g.names}
         new = self.selection.by_magnitude(
-            names, level, masks={n: self.masks[n] for n in names}, pool_target=self._rest_of_the_pool(names)
+            names,
+            level,
+            masks={n: self.masks[n] for n in names},
+            pool_target=self.selection.rest_of_the_pool(names, self.masks, level_of),
         )
         for name in names:
             tally.drop(local(self.masks.params[name]).detach(), new[name], self.masks.parts[name])
             if compare and (last := self.previous.pop(name, self.masks[name])) is not None:
                 tally.compare(last, new[name], self.masks.parts[name])
             self._set_mask(name, new[name])
-
-    def _rest_of_the_pool(self, names: Sequence[str]) -> int | None:
-        """What tensors drawn from a global pool keep for it to meet its total, once all the others are at the target.
-
-        Each draw shares its own total out anew, so a tensor may hold more or less than its share when it is drawn again.
-        """
-        if not self._draws_from_one_pool:
-            return None
-        pool = [n for n in self.weights if self.selection.is_pooled(n)]
-        level_of = {n: level for g, level in zip(self.groups, self.levels, strict=True) for n in g.names}
-        rest = {n: self.masks[n] for n in pool if n not in set(names)}
-        if any(mask is None or level_of[n] < 1 for n, mask in rest.items()):
-            return None
-        return self.selection.total_units(pool) - self.selection.live_units(
-            {n: m for n, m in rest.items() if m is not None}
-        )
 
     def _regrow(self, names: Sequence[str], update: Update, tally: Tally) -> None:
         """Grow weights of sparse tensors, after a drop if there is one. No value changes but of what was dropped."""
@@ -344,9 +323,8 @@ class Sparsifier:
         for name, mask in self.selection.regrown(old, update).items():
             if update.drop:
                 tally.drop(local(params[name]).detach(), mask, self.masks.parts[name])
-            if self.optimizer is not None and self.config.optimizer_reset != "none":
-                # Survivors and what grows now: everything that was masked starts from fresh moments.
-                clear_grown(unwrap(self.optimizer), params[name], old[name])
+            # Survivors and what grows now: everything that was masked starts from fresh moments.
+            follow_growth(self.optimizer, params[name], old[name], self.config.optimizer_reset)
             self._set_mask(name, mask)
 
     def _gradients_are_finite(self, update: Update) -> bool:
@@ -356,18 +334,8 @@ class Sparsifier:
 
     def _set_mask(self, name: str, mask: Tensor | None) -> None:
         self.masks.set(name, mask)
-        mask = self.masks[name]
-        if mask is None or self.optimizer is None:
-            return
-        if self.config.optimizer_reset != "none":
-            clear_pruned(unwrap(self.optimizer), self.masks.params[name], mask)
-        self._mask_copies([(self.masks.params[name], mask)])
-
-    @torch.no_grad()
-    def _mask_copies(self, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        for param, mask in sparse:
-            for copy in weight_copies(unwrap(self.optimizer), param):
-                copy.mul_(mask)
+        if (mask := self.masks[name]) is not None:
+            follow_mask(self.optimizer, self.masks.params[name], mask, self.config.optimizer_reset)
 
     def _change(self, step: int, tally: Tally, *, begins_phase: bool) -> Change:
         reshard(self.model)

@@ -28,7 +28,7 @@ from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan
 from gap_hf.planning import plan_for
 from gap_hf.reduction import GradientReducer, attach
-from gap_hf.refusals import check_arguments, check_model
+from gap_hf.refusals import check_arguments, check_model, check_setup
 from gap_hf.report import describe
 from gap_hf.sparsifier import Sparsifier
 from gap_hf.workers import OneWorker, ProcessWorkers, SequentialWorkers
@@ -84,7 +84,7 @@ class GaPMixin(_Base):
         if not isinstance(model, nn.Module):  # a name, or model_init: known only now
             check_model(self.model, self._gap_on_config)
         check_arguments(self.args, self._gap_on_config)
-        self._gap_check_setup()
+        check_setup(self, self._gap_on_config)
         callback = GaPCallback(self)
         self.add_callback(callback)
         callbacks = self.callback_handler.callbacks
@@ -103,42 +103,6 @@ class GaPMixin(_Base):
     def _gap_sparsifier(self) -> Sparsifier:
         assert self.gap is not None
         return self.gap
-
-    def _gap_check_setup(self) -> None:
-        # Only now: Trainer itself sets n_gpu to 1 for a model that is spread over several.
-        if self.args.n_gpu > 1:
-            raise GaPError(
-                f"DataParallel over {self.args.n_gpu} GPUs keeps short-lived replicas that no mask reaches; start the "
-                "script with `accelerate launch` or `torchrun`, or show it one GPU"
-            )
-        if hasattr(self.model, "peft_config"):
-            raise GaPError(
-                f"{type(self.model).__name__} trains adapters beside frozen weights, and merging them would fill the zeros; "
-                "train the model itself, or prune it first and keep the adapters apart"
-            )
-        if self.is_deepspeed_enabled:
-            raise GaPError(
-                "DeepSpeed steps inside backward, on flat copies of the weights of its own that no mask reaches; use DDP, or "
-                "FSDP with fsdp_version: 2"
-            )
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if self.is_fsdp_xla_enabled or (plugin is not None and plugin.fsdp_version != 2):
-            found = "FSDP under XLA" if self.is_fsdp_xla_enabled else "FSDP version 1"
-            raise GaPError(
-                f"{found} flattens weights into vectors that hold no mask; set fsdp_version: 2 in training.fsdp_config, or "
-                "in accelerate's own config"
-            )
-        if self._gap_on_config.method == "parallel" and (
-            self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
-        ):
-            raise GaPError(
-                "gap.method: 'parallel' trains whole replicas, and found a sharded model; expected DDP, or method: cyclic"
-            )
-        if self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is not None:
-            raise GaPError(
-                "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
-                "(optimizer, None), or use lr_schedule: whole"
-            )
 
     # --- Trainer's methods -------------------------------------------------------------------------------------------
 
