@@ -603,7 +603,7 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
         (
             {"is_deepspeed_enabled": True},
             None,
-            "DeepSpeed steps inside backward .* use DDP, or FSDP with fsdp_version: 2",
+            "DeepSpeed steps inside backward, .* use DDP, or FSDP with fsdp_version: 2",
         ),
     ],
 )

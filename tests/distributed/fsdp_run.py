@@ -407,6 +407,7 @@ def check_no_stale_copy() -> None:
     assert torch.allclose(pair.model(x), pair.copy(x), rtol=1e-6)
     assert not isinstance(next(iter(pair.model.parameters())), DTensor), "the test needs gathered parameters"
     pair.run.prune_to_target()
+    assert isinstance(next(iter(pair.model.parameters())), DTensor)
     pair.take()
     assert torch.allclose(pair.model(x), pair.copy(x), rtol=1e-6)
 
