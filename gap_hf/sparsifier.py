@@ -117,11 +117,11 @@ class Sparsifier:
             else:
                 for name in fresh:
                     self._set_mask(name, self.selection.at_random(name, level))
-        for group, level in zip(self.groups, self.levels, strict=True):
-            for name in group.names if level == 0 else ():
-                self._grow(name)
         tally = Tally()
-        tally.grown.update(g for g, level in enumerate(self.levels) if level == 0)
+        for g in (g for g, level in enumerate(self.levels) if level == 0):
+            tally.grown.add(g)
+            for name in self.groups[g].names:
+                self._grow(name)
         self._do_due(0, tally, begins=True)
         return self._change(0, tally, begins_phase=True)
 
@@ -274,7 +274,7 @@ class Sparsifier:
 
     def _apply(self, update: Update, tally: Tally, *, final: bool) -> None:
         """Do one update. `final` prunes are compared with the last ones; those inside a phase are on their way."""
-        names = [name for g in update.groups for name in self.groups[g].names]
+        names = [n for g in update.groups for n in self.groups[g].names]
         exchanges = update.grow_to is not None and update.grow_to > 0
         before = {n: self.masks[n] for n in names} if exchanges else {}
         if update.prune_to is not None:
