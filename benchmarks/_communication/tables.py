@@ -83,6 +83,14 @@ def measured(r: dict[str, Any]) -> list[str]:
                 ["digest, a weight", f"{model['update']['digest_ns_per_weight']:.2f} ns"],
             ],
         ),
+        "Ways to pick the live tenth of one full bucket of 25 MiB and to put it back among zeros, one process:",
+        table(
+            ["", "index, bytes a weight", "pick", "put back"],
+            [
+                [name, f"{size:.1f}", f"{1e3 * pick:.1f} ms", f"{1e3 * put:.1f} ms"]
+                for name, size, pick, put in r["pieces"]["1"]["forms"]
+            ],
+        ),
         "What the model says beside what was measured. One and two processes are what it was fitted on, though not on these "
         f"figures themselves; {max(map(int, model['predictions']))} processes are a prediction.",
         table(

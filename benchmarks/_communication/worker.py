@@ -203,6 +203,7 @@ def pieces(settings: Settings) -> dict[str, Any]:
         "num_processes": dist.get_world_size(),
         "all_reduce": all_reduce,
         "packing": [packing(density, repeats) for density in (0.1, 0.3)],
+        "forms": forms(repeats),
         "step": step,
         "update": mask_update(replica.sparsifier, max(3, repeats // 4)),
         "communication": communication(replica, layout, repeats),
@@ -226,6 +227,51 @@ def packing(density: float, repeats: int) -> dict[str, Any]:
     bucket: Any = Bucket(0, list(model.parameters()))
     seconds = median_of(lambda: reducer.reduce(bucket).wait(), repeats=repeats)
     return {"num_entries": bucket.buffer().numel(), "num_live": reducer._packings[0].num_sent, "seconds": seconds}
+
+
+def forms(repeats: int) -> list[list[Any]]:
+    """Ways to pick the live tenth of a full bucket and to put it back: [name, bytes of index a weight, pick, put]."""
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(BUFFER, generator=generator) < 0.1).to(torch.uint8)
+    flags, index = mask.view(torch.bool), mask.nonzero().squeeze(1)
+    short, density = index.int(), float(index.numel() / BUFFER)
+    buffer, packed = torch.randn(BUFFER, generator=generator), torch.empty(index.numel())
+    ways: list[tuple[str, float, Callable[[], object], Callable[[], object]]] = [
+        (
+            "int32 index, widened to scatter (what is used)",
+            4 * density,
+            lambda: torch.index_select(buffer, 0, short, out=packed),
+            lambda: buffer.zero_().index_copy_(0, short.long(), packed),
+        ),
+        (
+            "int64 index",
+            8 * density,
+            lambda: torch.index_select(buffer, 0, index, out=packed),
+            lambda: buffer.zero_().index_copy_(0, index, packed),
+        ),
+        (
+            "indexing with int32, index_put_",
+            4 * density,
+            lambda: buffer[short],
+            lambda: buffer.zero_().index_put_((short,), packed),
+        ),
+        (
+            "gather and scatter_",
+            8 * density,
+            lambda: torch.gather(buffer, 0, index, out=packed),
+            lambda: buffer.zero_().scatter_(0, index, packed),
+        ),
+        (
+            "masked_select and masked_scatter_",
+            0.0,
+            lambda: torch.masked_select(buffer, flags, out=packed),
+            lambda: buffer.zero_().masked_scatter_(flags, packed),
+        ),
+    ]
+    return [
+        [name, bytes_, median_of(pick, repeats=repeats), median_of(put, repeats=repeats)]
+        for name, bytes_, pick, put in ways
+    ]
 
 
 _GROUPS: list[Any] = []
