@@ -202,10 +202,16 @@ def cost_model(pieces: dict[int, dict[str, Any]], *, num_cores: int) -> dict[str
 
 
 def fit_packing(points: dict[int, list[dict[str, Any]]], *, num_cores: int) -> tuple[float, float]:
-    """Seconds of packing and unpacking per entry of a bucket and per live entry, with every core busy."""
+    """Seconds of packing and unpacking per entry of a bucket and per live entry, with every core busy; none below 0."""
     busy = max(n for n in points if n <= num_cores)
-    rows = np.array([[p["num_entries"], p["num_live"]] for p in points[busy]], dtype=float)
-    entry, live = np.linalg.solve(rows, np.array([p["seconds"] for p in points[busy]]))
+    seconds = np.array([p["seconds"] for p in points[busy]])
+    rows = np.array([[p["num_entries"], p["num_live"]] for p in points[busy]], dtype=float) / seconds[:, None]
+    ones = np.ones(len(seconds))
+    entry, live = np.linalg.lstsq(rows, ones, rcond=None)[0]
+    for i in (0, 1):  # a noisy time may put one below 0; then the other explains it alone
+        if (entry, live)[i] < 0:
+            alone = float(rows[:, 1 - i] @ ones / (rows[:, 1 - i] @ rows[:, 1 - i]))
+            return (0.0, alone) if i == 0 else (alone, 0.0)
     return float(entry), float(live)
 
 

@@ -21,7 +21,7 @@ from _communication.cost_model import (  # noqa: E402
     step_cost,
 )
 from _communication.tables import BEGIN, END, render, replace_block  # noqa: E402
-from communication import cost_model  # noqa: E402
+from communication import cost_model, fit_packing  # noqa: E402
 
 
 def test_a_ring_sends_twice_what_the_others_hold() -> None:
@@ -44,6 +44,15 @@ def test_the_fit_finds_what_made_the_times(true: AllReduce) -> None:
 def test_a_fit_has_no_negative_message() -> None:
     fitted = fit_all_reduce({1: [(4, 1e-3)], 2: [(4, 1e-3), (1000, 2e-3), (2000, 4e-3)]}, num_cores=2)
     assert fitted.message == 0 and fitted.byte > 0
+
+
+def test_a_packing_fit_has_no_negative_cost() -> None:
+    points = [{"num_entries": 100, "num_live": n, "seconds": t} for n, t in ((10, 1.0), (40, 5.0))]
+    entry, live = fit_packing({1: points}, num_cores=1)
+    assert entry == 0 and 0.1 < live < 0.125
+    points = [{"num_entries": 100, "num_live": n, "seconds": t} for n, t in ((10, 2.0), (40, 1.0))]
+    entry, live = fit_packing({1: points}, num_cores=1)
+    assert live == 0 and 0.01 < entry < 0.02
 
 
 def test_a_prediction_of_four_processes_from_times_that_obey_the_model() -> None:

@@ -92,7 +92,8 @@ def measured(r: dict[str, Any]) -> list[str]:
             ],
         ),
         "What the model says beside what was measured. One and two processes are what it was fitted on, though not on these "
-        f"figures themselves; {max(map(int, model['predictions']))} processes are a prediction.",
+        f"figures themselves; {max(map(int, model['predictions']))} processes are a prediction. Rates are those of two busy "
+        "cores, so one process alone is faster than they say.",
         table(
             ["processes", "", "predicted", "measured", "ratio"],
             [

@@ -202,7 +202,7 @@ def pieces(settings: Settings) -> dict[str, Any]:
     return {
         "num_processes": dist.get_world_size(),
         "all_reduce": all_reduce,
-        "packing": [packing(density, repeats) for density in (0.1, 0.3)],
+        "packing": [packing(density, repeats) for density in (0.1, 0.2, 0.4)],
         "forms": forms(repeats),
         "step": step,
         "update": mask_update(replica.sparsifier, max(3, repeats // 4)),
