@@ -18,6 +18,7 @@ Processes talk over loopback by gloo, one thread each.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -173,7 +174,7 @@ def step_figures(stage: dict[str, Any]) -> dict[str, Any]:
 def cost_model(pieces: dict[int, dict[str, Any]], *, num_cores: int) -> dict[str, Any]:
     """Constants from one and two processes, and what they say of each number of processes beside what was measured."""
     all_reduce = fit_all_reduce({n: [tuple(p) for p in pieces[n]["all_reduce"]] for n in (1, 2)}, num_cores=num_cores)
-    entry, live = fit_packing({n: pieces[n]["packing"] for n in (1, 2)}, num_cores=num_cores)
+    packing = fit_packing({n: pieces[n]["packing"] for n in (1, 2)}, num_cores=num_cores)
     update = pieces[1]["update"]
     units = {"prune": update["num_pruned"], "apply": update["num_weights"], "digest": update["num_weights"]}
     rates = {k: fit_rate({n: pieces[n]["update"][k] for n in (1, 2)}, units[k], num_cores=num_cores) for k in units}
@@ -183,7 +184,7 @@ def cost_model(pieces: dict[int, dict[str, Any]], *, num_cores: int) -> dict[str
         shared = sharing(n, num_cores)
         messages = sum(
             all_reduce.seconds(4 * b["num_sent"], n, shared=shared)
-            + (shared * (entry * b["num_entries"] + live * b["num_sent"]) if b["packed"] else 0.0)
+            + shared * sum(rate * b[f"num_{kind}"] for kind, rate in packing.items() if b["packed"])
             for b in found["communication"]["buckets"]
         )
         predictions[str(n)] = {
@@ -194,25 +195,37 @@ def cost_model(pieces: dict[int, dict[str, Any]], *, num_cores: int) -> dict[str
     return {
         "all_reduce": {"call_us": 1e6 * all_reduce.call, "message_us": 1e6 * all_reduce.message}
         | {"byte_ns": 1e9 * all_reduce.byte, "fit": fit_errors(all_reduce, pieces[2]["all_reduce"], num_cores)},
-        "packing": {"entry_ns": 1e9 * entry, "live_entry_ns": 1e9 * live},
+        "packing": {f"{kind}_ns": 1e9 * rate for kind, rate in packing.items()},
         "update": {f"{k}_ns_per_weight": 1e9 * rate for k, rate in rates.items()},
         "step_alone_ms": 1e3 * alone,
         "predictions": predictions,
     }
 
 
-def fit_packing(points: dict[int, list[dict[str, Any]]], *, num_cores: int) -> tuple[float, float]:
-    """Seconds of packing and unpacking per entry of a bucket and per live entry, with every core busy; none below 0."""
+PACKING_KINDS: tuple[str, ...] = ("entries", "live", "whole")
+
+
+def fit_packing(points: dict[int, list[dict[str, Any]]], *, num_cores: int) -> dict[str, float]:
+    """Seconds of packing and unpacking with every core busy: per entry of a bucket, per live entry that is gathered and
+    scattered, per entry of a stretch that goes whole. Least squares of relative errors, none below 0.
+    """
     busy = max(n for n in points if n <= num_cores)
     seconds = np.array([p["seconds"] for p in points[busy]])
-    rows = np.array([[p["num_entries"], p["num_live"]] for p in points[busy]], dtype=float) / seconds[:, None]
-    ones = np.ones(len(seconds))
-    entry, live = np.linalg.lstsq(rows, ones, rcond=None)[0]
-    for i in (0, 1):  # a noisy time may put one below 0; then the other explains it alone
-        if (entry, live)[i] < 0:
-            alone = float(rows[:, 1 - i] @ ones / (rows[:, 1 - i] @ rows[:, 1 - i]))
-            return (0.0, alone) if i == 0 else (alone, 0.0)
-    return float(entry), float(live)
+    rows = (
+        np.array([[p[f"num_{kind}"] for kind in PACKING_KINDS] for p in points[busy]], dtype=float) / seconds[:, None]
+    )
+    best: tuple[float, dict[str, float]] | None = None
+    # So few columns that every choice of those above 0 can be tried.
+    for number in range(1, len(PACKING_KINDS) + 1):
+        for columns in itertools.combinations(range(len(PACKING_KINDS)), number):
+            rates = np.linalg.lstsq(rows[:, columns], np.ones(len(seconds)), rcond=None)[0]
+            error = float(np.square(rows[:, columns] @ rates - 1).sum())
+            if (rates >= 0).all() and (best is None or error < best[0]):
+                found = dict.fromkeys(PACKING_KINDS, 0.0)
+                found.update({PACKING_KINDS[c]: float(rate) for c, rate in zip(columns, rates, strict=True)})
+                best = error, found
+    assert best is not None
+    return best[1]
 
 
 def fit_errors(all_reduce: AllReduce, points: list[list[float]], num_cores: int) -> list[dict[str, float]]:

@@ -46,13 +46,21 @@ def test_a_fit_has_no_negative_message() -> None:
     assert fitted.message == 0 and fitted.byte > 0
 
 
+def packing_points(*points: tuple[int, int, float]) -> list[dict[str, float]]:
+    return [{"num_entries": 100, "num_live": live, "num_whole": whole, "seconds": t} for live, whole, t in points]
+
+
+def test_the_packing_fit_finds_what_made_the_times() -> None:
+    mixed = [(10, 0), (40, 0), (5, 50), (20, 50)]
+    points = packing_points(*((live, whole, 2.0 * 100 + 3.0 * live + 0.5 * whole) for live, whole in mixed))
+    assert fit_packing({1: points}, num_cores=1) == pytest.approx({"entries": 2.0, "live": 3.0, "whole": 0.5})
+
+
 def test_a_packing_fit_has_no_negative_cost() -> None:
-    points = [{"num_entries": 100, "num_live": n, "seconds": t} for n, t in ((10, 1.0), (40, 5.0))]
-    entry, live = fit_packing({1: points}, num_cores=1)
-    assert entry == 0 and 0.1 < live < 0.125
-    points = [{"num_entries": 100, "num_live": n, "seconds": t} for n, t in ((10, 2.0), (40, 1.0))]
-    entry, live = fit_packing({1: points}, num_cores=1)
-    assert live == 0 and 0.01 < entry < 0.02
+    found = fit_packing({1: packing_points((10, 0, 1.0), (40, 0, 5.0))}, num_cores=1)
+    assert found["entries"] == found["whole"] == 0 and 0.1 < found["live"] < 0.125
+    found = fit_packing({1: packing_points((10, 0, 2.0), (40, 0, 1.0))}, num_cores=1)
+    assert found["live"] == 0 and 0.01 < found["entries"] < 0.02
 
 
 def test_a_prediction_of_four_processes_from_times_that_obey_the_model() -> None:
@@ -64,8 +72,8 @@ def test_a_prediction_of_four_processes_from_times_that_obey_the_model() -> None
     for n in (1, 2, 4):
         shared = sharing(n, 2)
         buckets = [
-            {"num_entries": 10**6, "num_sent": 10**5, "packed": True},
-            {"num_entries": 10**6, "num_sent": 10**6, "packed": False},
+            {"num_entries": 10**6, "num_live": 10**5, "num_whole": 0, "num_sent": 10**5, "packed": True},
+            {"num_entries": 10**6, "num_live": 0, "num_whole": 10**6, "num_sent": 10**6, "packed": False},
         ]
         work = shared * (entry * 10**6 + live * 10**5)
         sent = sum(truth.seconds(4 * b["num_sent"], n, shared=shared) for b in buckets)
@@ -73,8 +81,13 @@ def test_a_prediction_of_four_processes_from_times_that_obey_the_model() -> None
         pieces[n] = {
             "all_reduce": [[b, truth.seconds(b, n, shared=shared)] for b in (2**12, 2**20, 2**24)],
             "packing": [
-                {"num_entries": 10**6, "num_live": k, "seconds": shared * (entry * 10**6 + live * k)}
-                for k in (10**5, 3 * 10**5)
+                {
+                    "num_entries": 10**6,
+                    "num_live": k,
+                    "num_whole": w,
+                    "seconds": shared * (entry * 10**6 + live * k + w * 1e-9),
+                }
+                for k, w in ((10**5, 0), (3 * 10**5, 0), (10**5, 5 * 10**5))
             ],
             "step": {"alone": shared * alone, "whole": shared * alone + work + sent},
             "update": {**update, "whole": sum(update.values()), "num_pruned": 10**6, "num_weights": 4 * 10**6},
@@ -83,7 +96,7 @@ def test_a_prediction_of_four_processes_from_times_that_obey_the_model() -> None
     model = cost_model(pieces, num_cores=2)
     for found in model["predictions"].values():
         assert [p["ratio"] for p in found.values()] == pytest.approx([1, 1, 1], rel=1e-6)
-    assert model["packing"]["entry_ns"] == pytest.approx(2)
+    assert model["packing"]["entries_ns"] == pytest.approx(2)
     assert model["update"]["digest_ns_per_weight"] == pytest.approx(0.3)
 
 

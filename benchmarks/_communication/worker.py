@@ -202,7 +202,7 @@ def pieces(settings: Settings) -> dict[str, Any]:
     return {
         "num_processes": dist.get_world_size(),
         "all_reduce": all_reduce,
-        "packing": [packing(density, repeats) for density in (0.1, 0.2, 0.4)],
+        "packing": [packing(density, whole, repeats) for whole in (0, 0.5) for density in (0.1, 0.2, 0.4)],
         "forms": forms(repeats),
         "step": step,
         "update": mask_update(replica.sparsifier, max(3, repeats // 4)),
@@ -216,17 +216,32 @@ def _sum(tensors: list[Tensor]) -> None:
         work.wait()
 
 
-def packing(density: float, repeats: int) -> dict[str, Any]:
-    """Pack and unpack one full bucket of one tensor with random masks, nothing sent."""
-    model = nn.Linear(BUFFER // 1024, 1024, bias=False)
-    sparsifier = Sparsifier(model, GaPConfig(sparsity=1 - density, method="static", include=("Linear",)), total_steps=9)
+def packing(density: float, whole: float, repeats: int) -> dict[str, Any]:
+    """Pack and unpack one full bucket, nothing sent: a share `whole` of it is a dense tensor, the rest has random masks."""
+    rows = round(whole * 1024)
+    model = nn.Sequential(*(nn.Linear(BUFFER // 1024, n, bias=False) for n in (1024 - rows, rows) if n))
+    config = GaPConfig(sparsity=1 - density, method="static", include=("0",))
+    sparsifier = Sparsifier(model, config, total_steps=9)
     sparsifier.start()
     reducer = GradientReducer(sparsifier)
     # Over one rank an all-reduce sends nothing, and only its call is left.
     reducer.group = _alone()
     bucket: Any = Bucket(0, list(model.parameters()))
     seconds = median_of(lambda: reducer.reduce(bucket).wait(), repeats=repeats)
-    return {"num_entries": bucket.buffer().numel(), "num_live": reducer._packings[0].num_sent, "seconds": seconds}
+    return {**counts_of(bucket, reducer), "seconds": seconds}
+
+
+def counts_of(bucket: Any, reducer: GradientReducer) -> dict[str, Any]:
+    """Entries of a bucket that has been reduced: all, those gathered one by one, those that went in whole stretches."""
+    packing = reducer._packings[bucket.index()]
+    live = 0 if packing.index is None else packing.index.numel()
+    return {
+        "num_entries": bucket.buffer().numel(),
+        "num_live": live,
+        "num_whole": packing.num_sent - live,
+        "num_sent": packing.num_sent,
+        "packed": packing.index is not None,
+    }
 
 
 def forms(repeats: int) -> list[list[Any]]:
@@ -323,14 +338,7 @@ def communication(replica: Replica, layout: list[list[Tensor]], repeats: int) ->
     seconds = median_of(step, repeats=repeats)
     return {
         "live_share": 1 - sparsifier.sparsity(),
-        "buckets": [
-            {
-                "num_entries": bucket.buffer().numel(),
-                "num_sent": reducer._packings[i].num_sent,
-                "packed": reducer._packings[i].index is not None,
-            }
-            for i, bucket in enumerate(buckets)
-        ],
+        "buckets": [counts_of(bucket, reducer) for bucket in buckets],
         "seconds": seconds,
     }
 
