@@ -1,4 +1,6 @@
-"""P-GaP on real processes: the same masks on all, the same model as one process that trains the replicas in turn."""
+"""P-GaP and DDP on real processes: the same masks on all, the same model as one process that accumulates, or trains the
+replicas in turn.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +31,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "restarts, one pool": {
         "gap": {**GAP, **HARD, "optimizer_reset": "all", "lr_schedule": "restart", "distribution": "global"}
     },
+    "ddp": {"gap": {"sparsity": 0.8, "num_partitions": 2, "update_steps": 3}},
+    "ddp, rigl": {"gap": {"sparsity": 0.8, "method": "rigl", "update_steps": 3}},
     "vit, random partition": {"model": "vit", "gap": {**GAP, "partition": "random", "update_steps": 3}},
 }
 
@@ -48,8 +52,10 @@ def check_both(found: list[dict[str, Any]], whole: dict[str, Any]) -> None:
 
 
 def sequential(options: dict[str, Any], accumulation: int = 2) -> dict[str, Any]:
+    """The same in one process, by accumulation; the replicas of P-GaP in turn."""
     training = {**options.get("training", {}), "gradient_accumulation_steps": accumulation}
-    return {**options, "gap": {**options["gap"], "workers": "sequential"}, "training": training}
+    workers = {"workers": "sequential"} if options["gap"].get("method") == "parallel" else {}
+    return {**options, "gap": {**options["gap"], **workers}, "training": training}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_equal_one_that_trains_the_replicas_in_turn(name: str, two: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(name: str, two: Path, tmp_path: Path) -> None:
     first, second = results(two, name)
     assert without_log(first) == without_log(second)
     assert first["world"] == 2 and first["at_target"] is True
