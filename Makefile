@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo demo-dense test test-lowest lint bench-overhead bench-communication scaling-docs clean
+.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication scaling-docs clean
 .PHONY: bench-quality-tiny bench-quality-small bench-quality-gpu quality-report
 
 demo: $(VENV)/.demo  ## train a sparse English-German translator from nothing
@@ -15,6 +15,9 @@ demo-dense: $(VENV)/.demo  ## the same steps without GaP: the figure that the de
 
 test: $(VENV)/.test  ## everything but benchmarks; needs no network and no GPU
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+test-distributed: $(VENV)/.test  ## of these, the ones on one, two and four gloo processes
+	$(BIN)/python -m pytest tests/distributed tests/test_ddp.py $(PYTEST_ARGS)
 
 test-lowest: .venv-lowest/.test  ## the same tests at the lower bounds of pyproject.toml
 	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)

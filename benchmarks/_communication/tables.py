@@ -14,7 +14,8 @@ STAGES = {"phase": "phase", "fine_tune": "fine-tune", "run": "whole run"}
 
 def render(result: dict[str, Any] | None) -> str:
     """What was measured, then what follows from assumptions; each says which it is."""
-    return "\n\n".join([*(measured(result) if result else [_NOTHING]), *assumed(Cluster())])
+    known = [*measured(result), *assumed(Cluster()), *mask_changes(result["cost_model"])] if result else []
+    return "\n\n".join(known or [_NOTHING, *assumed(Cluster())])
 
 
 def replace_block(document: str, text: str) -> str:
@@ -144,6 +145,24 @@ def assumed(cluster: Cluster) -> list[str]:
             ],
             rows,
         ),
+    ]
+
+
+def mask_changes(model: dict[str, Any]) -> list[str]:
+    """What a change of masks takes at the rates of the CPU that was measured, by how the weights are spread."""
+    rates = {k: model["update"][f"{k}_ns_per_weight"] * 1e-9 for k in ("prune", "apply", "digest")}
+    rows = []
+    for size in SIZES:
+        prunable = size.num_params * size.prunable
+        seconds = rates["prune"] * prunable / 4 + rates["apply"] * prunable
+        whole = seconds + rates["digest"] * prunable
+        rows.append([size.name, f"{whole:.1f}", *(f"{seconds / n:.3g}" for n in RANKS)])
+    return [
+        "Seconds of a change of masks that prunes one of four partitions, at the rates measured above on one core: computed. "
+        "Every rank of DDP does all of it; under FSDP2 each prunes its own rows, two tables of 512 KiB per threshold are summed "
+        "over the ranks (not counted), and there is no digest to compare. A run has tens of changes, and a GPU's memory is "
+        "faster than this core's.",
+        table(["model", "DDP, any number of ranks", *(f"FSDP2, {n:,}" for n in RANKS)], rows),
     ]
 
 
