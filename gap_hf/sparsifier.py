@@ -216,18 +216,17 @@ class Sparsifier:
 
     def report(self) -> dict[str, Any]:
         """Counts per layer and in all, from the masks: plain data."""
-        layers = []
-        for weight in self.weights.values():
-            live = self.masks.live(weight.name)
-            layers.append(
-                {
-                    "name": weight.name,
-                    "shape": list(weight.shape),
-                    "numel": weight.numel,
-                    "live": live,
-                    "sparsity": 1 - live / weight.numel,
-                }
-            )
+        live = {name: self.masks.live(name) for name in self.weights}
+        layers = [
+            {
+                "name": w.name,
+                "shape": list(w.shape),
+                "numel": w.numel,
+                "live": live[w.name],
+                "sparsity": 1 - live[w.name] / w.numel,
+            }
+            for w in self.weights.values()
+        ]
         return {
             "sparsity": self.sparsity(),
             "model_sparsity": self.model_sparsity(),
