@@ -78,7 +78,9 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
             "train the model itself, or prune it first and keep the adapters apart"
         )
     if trainer.is_deepspeed_enabled:
-        check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, config)
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        assert plugin is not None
+        check_deepspeed(plugin.deepspeed_config, config, mixed_precision=trainer.accelerator.mixed_precision)
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if trainer.is_fsdp_xla_enabled or (plugin is not None and plugin.fsdp_version != 2):
         found = "FSDP under XLA" if trainer.is_fsdp_xla_enabled else "FSDP version 1"
@@ -97,8 +99,8 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
         )
 
 
-def check_deepspeed(deepspeed: Mapping[str, Any], config: GaPConfig) -> None:
-    """What cannot work under DeepSpeed, by its own config as it was given.
+def check_deepspeed(deepspeed: Mapping[str, Any], config: GaPConfig, *, mixed_precision: str = "no") -> None:
+    """What cannot work under DeepSpeed, by its own config as it was given and accelerate's precision, which completes it.
 
     Raises:
         GaPError: for stages but 1 and 2, fp16, offloading, replicas, growth by gradient, restarted rates, and other resets
@@ -116,7 +118,7 @@ def check_deepspeed(deepspeed: Mapping[str, Any], config: GaPConfig) -> None:
                 f"DeepSpeed's zero_optimization.{key}: found {device!r}, under which masks were not tested; expected none, or FSDP "
                 "with fsdp_version: 2 and its own CPU offload"
             )
-    if deepspeed.get("fp16", {}).get("enabled") is True:
+    if mixed_precision == "fp16" or deepspeed.get("fp16", {}).get("enabled") is True:
         raise GaPError(
             "DeepSpeed's fp16.enabled: it skips steps inside backward, where masks cannot follow; expected bf16: true, or DDP"
         )

@@ -7,10 +7,11 @@ has gradient 0, and once its master and its moments are 0 an Adam leaves them ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.utils import (
+from deepspeed.utils import (  # pyright: ignore[reportMissingImports]  # an extra, which no check installs
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -85,7 +86,7 @@ class ZeroState(OwnState):
     def follow_restart(self, policy: str) -> None:
         assert policy == "changed", "refused by check_setup"
 
-    def mask_weight_copies(self, sparse: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def mask_weight_copies(self, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """Nothing to do after a step: gradient, moments and master of a masked weight are 0, so no step moves it."""
 
     def _master(self, param: nn.Parameter) -> Tensor:
