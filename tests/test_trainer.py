@@ -661,7 +661,7 @@ def test_of_deepspeed_zero_1_and_2_are_accepted(
     config = GaPConfig.from_dict({"sparsity": 0.9, **changes})
     if message is None:
         check_deepspeed(deepspeed, config, mixed_precision="bf16")
-        with pytest.raises(GaPError, match="fp16.enabled"):
+        with pytest.raises(GaPError, match=r"fp16\.enabled"):
             check_deepspeed(deepspeed, config, mixed_precision="fp16")
         return
     with pytest.raises(GaPError, match=message):
