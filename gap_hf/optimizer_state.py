@@ -7,6 +7,7 @@ sharded parameter is sharded as it is, and masks are of the part that lies here.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,26 @@ def unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+class OwnState(ABC):
+    """Stands for an optimizer whose state does not lie parameter by parameter in a torch optimizer; see `gap_hf.zero`."""
+
+    @abstractmethod
+    def follow_growth(self, param: nn.Parameter, mask: Tensor, policy: str) -> None:
+        """As the function of this name."""
+
+    @abstractmethod
+    def follow_mask(self, param: nn.Parameter, mask: Tensor, policy: str) -> None:
+        """As the function of this name."""
+
+    @abstractmethod
+    def follow_restart(self, policy: str) -> None:
+        """As the function of this name."""
+
+    @abstractmethod
+    def mask_weight_copies(self, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """As the function of this name."""
+
+
 def weight_copies(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor]:
     """Second copies of a parameter that the optimizer keeps; they obey the mask as the parameter does."""
     state = optimizer.state.get(param, {})
@@ -38,12 +59,17 @@ def weight_copies(optimizer: Optimizer, param: nn.Parameter) -> list[Tensor]:
 
 def follow_growth(optimizer: Any, param: nn.Parameter, mask: Tensor, policy: str) -> None:
     """After weights were grown that `mask` had at 0; `policy` is `GaPConfig.optimizer_reset`, and there may be no optimizer."""
-    if optimizer is not None and policy != "none":
+    if isinstance(optimizer, OwnState):
+        optimizer.follow_growth(param, mask, policy)
+    elif optimizer is not None and policy != "none":
         clear_grown(unwrap(optimizer), param, mask)
 
 
 def follow_mask(optimizer: Any, param: nn.Parameter, mask: Tensor, policy: str) -> None:
     """After a parameter was given a mask."""
+    if isinstance(optimizer, OwnState):
+        optimizer.follow_mask(param, mask, policy)
+        return
     if optimizer is not None and policy != "none":
         clear_pruned(unwrap(optimizer), param, mask)
     mask_weight_copies(optimizer, [(param, mask)])
@@ -51,13 +77,18 @@ def follow_mask(optimizer: Any, param: nn.Parameter, mask: Tensor, policy: str) 
 
 def follow_restart(optimizer: Any, policy: str) -> None:
     """Where a phase begins."""
-    if optimizer is not None and policy == "all":
+    if isinstance(optimizer, OwnState):
+        optimizer.follow_restart(policy)
+    elif optimizer is not None and policy == "all":
         reset_all(unwrap(optimizer))
 
 
 @torch.no_grad()
 def mask_weight_copies(optimizer: Any, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """Zero masked weights in the optimizer's own copies of them."""
+    if isinstance(optimizer, OwnState):
+        optimizer.mask_weight_copies(sparse)
+        return
     for param, mask in sparse if optimizer is not None else ():
         for copy in weight_copies(unwrap(optimizer), param):
             copy.mul_(mask)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -61,7 +64,7 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
     """What only a made trainer knows: how it spreads the model, and what it was given.
 
     Raises:
-        GaPError: for DataParallel, adapters, DeepSpeed, FSDP version 1, P-GaP on a sharded model, and two schedulers.
+        GaPError: for DataParallel, adapters, what DeepSpeed cannot do, FSDP version 1, P-GaP on a sharded model, and two schedulers.
     """
     # Only now: Trainer itself sets n_gpu to 1 for a model that is spread over several.
     if trainer.args.n_gpu > 1:
@@ -75,10 +78,9 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
             "train the model itself, or prune it first and keep the adapters apart"
         )
     if trainer.is_deepspeed_enabled:
-        raise GaPError(
-            "DeepSpeed steps inside backward, on flat copies of the weights of its own that no mask reaches; use DDP, or "
-            "FSDP with fsdp_version: 2"
-        )
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        assert plugin is not None
+        check_deepspeed(plugin.deepspeed_config, config, mixed_precision=trainer.accelerator.mixed_precision)
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if trainer.is_fsdp_xla_enabled or (plugin is not None and plugin.fsdp_version != 2):
         found = "FSDP under XLA" if trainer.is_fsdp_xla_enabled else "FSDP version 1"
@@ -94,6 +96,45 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
         raise GaPError(
             "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
             "(optimizer, None), or use lr_schedule: whole"
+        )
+
+
+def check_deepspeed(deepspeed: Mapping[str, Any], config: GaPConfig, *, mixed_precision: str = "no") -> None:
+    """What cannot work under DeepSpeed, by its own config as it was given and accelerate's precision, which completes it.
+
+    Raises:
+        GaPError: for stages but 1 and 2, fp16, offloading, replicas, growth by gradient, restarted rates, and other resets
+            than ``changed``.
+    """
+    zero = deepspeed.get("zero_optimization", {})
+    if (stage := zero.get("stage", 0)) not in (1, 2):
+        raise GaPError(
+            f"DeepSpeed's zero_optimization.stage: found {stage}, expected 1 or 2, where every process has whole weights; to "
+            "shard weights too use FSDP with fsdp_version: 2, and DDP to shard nothing"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if (device := (zero.get(key) or {}).get("device", "none")) not in ("none", None):
+            raise GaPError(
+                f"DeepSpeed's zero_optimization.{key}: found {device!r}, under which masks were not tested; expected none, or FSDP "
+                "with fsdp_version: 2 and its own CPU offload"
+            )
+    if mixed_precision == "fp16" or deepspeed.get("fp16", {}).get("enabled") is True:
+        raise GaPError(
+            "DeepSpeed's fp16.enabled: it skips steps inside backward, where masks cannot follow; expected bf16: true, or DDP"
+        )
+    if config.method in ("parallel", "rigl"):
+        why = (
+            "trains whole replicas" if config.method == "parallel" else "grows by gradients that DeepSpeed never shows"
+        )
+        raise GaPError(f"gap.method: '{config.method}' {why}; under DeepSpeed expected method: cyclic, or use DDP")
+    if config.lr_schedule == "restart":
+        raise GaPError(
+            "gap.lr_schedule: 'restart' was not tested with DeepSpeed's own scheduling; expected whole, or use DDP"
+        )
+    if config.optimizer_reset != "changed":
+        raise GaPError(
+            f"gap.optimizer_reset: found '{config.optimizer_reset}', expected changed: DeepSpeed keeps one step count for many "
+            "tensors, and a pruned weight that kept its moments would go on moving in the fp32 master; or use DDP"
         )
 
 

@@ -8,7 +8,7 @@ process would make.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -44,6 +44,8 @@ class Selection:
     def __init__(self, targets: Targets, config: GaPConfig, params: Mapping[str, nn.Parameter], *, seed: int) -> None:
         self.config, self.params, self.seed = config, params, seed
         self.parts = {n: part_of(p, n) for n, p in params.items()}
+        # What magnitudes are taken of: the part of a weight that lies here, in more digits where there are some.
+        self.value_of: Callable[[nn.Parameter], Tensor] = lambda param: local(param).detach()
         self.pattern = parse_pattern(config.pattern)
         self.weights = {w.name: w for w in targets.weights}
         self._counts = keep_counts(targets, config)
@@ -63,7 +65,7 @@ class Selection:
             masks: Masks in force, None for a dense tensor. Live weights are kept before masked ones, even those of 0.
             pool_target: Units that the pool keeps at the target, if not its own share of them.
         """
-        values = {n: local(self.params[n]).detach() for n in names}
+        values = {n: self.value_of(self.params[n]) for n in names}
         out: dict[str, Tensor] = {}
         for pool in self._pools(names):
             within = [m for n in pool if masks is not None and (m := masks[n]) is not None]
@@ -168,7 +170,7 @@ class Selection:
     def _dropped(self, masks: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """The masks without the smallest `share` of their live units, which are weights unless blocks are."""
         pattern = self.pattern if self.pattern.kind == "block" else Pattern("unstructured")
-        values = {n: local(self.params[n]).detach() for n in masks}
+        values = {n: self.value_of(self.params[n]) for n in masks}
         out: dict[str, Tensor] = {}
         for pool in self._pools(list(masks)):
             within = {n: masks[n] for n in pool}

@@ -36,6 +36,9 @@ from gap_hf.workers import OneWorker, ProcessWorkers, SequentialWorkers
 logger = logging.getLogger(__name__)
 
 
+if TYPE_CHECKING:
+    from gap_hf.zero import ZeroState
+
 # For a type checker the mixin is a Trainer; at run time it stands before one.
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -55,7 +58,7 @@ class GaPMixin(_Base):
         gap: The `Sparsifier` of the current run (masks, plan, report); None before `train()` and when GaP is off.
 
     Raises:
-        GaPError: for what cannot work (DataParallel, FSDP version 1, DeepSpeed, quantised weights, optimizers that step
+        GaPError: for what cannot work (DataParallel, FSDP version 1, ZeRO-3, quantised weights, optimizers that step
             in backward), and if the model has nothing to prune. What the model and the arguments rule out is refused
             before the output folder is made.
     """
@@ -68,6 +71,7 @@ class GaPMixin(_Base):
         self._gap_resume: tuple[str, checkpoint.GaPState] | None = None
         self._gap_started: Change | None = None
         self._gap_reducer: GradientReducer | None = None
+        self._gap_zero: ZeroState | None = None
         self._gap_groups: WorkerGroups | None = None
         if not self._gap_on:
             super().__init__(*args, **kwargs)
@@ -215,16 +219,21 @@ class GaPMixin(_Base):
         old = self.gap if self.gap is not None and self.gap.model is self.model else None
         seed = self._gap_resume[1].seed if self._gap_resume else self.args.seed
         total_steps = self.state.max_steps
+        if self.is_deepspeed_enabled:
+            from gap_hf.zero import ZeroState  # deepspeed is no dependency, and slow to import
+
+            self._gap_zero = ZeroState(self.model_wrapped, replaces=self._gap_zero)
         self.gap = Sparsifier(
             self.model,
             self._gap_on_config,
             total_steps=total_steps,
-            optimizer=self.optimizer,
+            optimizer=self.optimizer if self._gap_zero is None else self._gap_zero,
             seed=seed,
             plan=plan,
             workers=self._gap_workers(plan),
         )
-        assert self.model_wrapped is not None
+        if self._gap_zero is not None:
+            self._gap_zero.attach(self.gap)
         self._gap_reducer = attach(self.model_wrapped, self.gap, self._gap_reducer)
         if isinstance(self.gap.workers, ProcessWorkers):
             assert self._gap_reducer is not None, "P-GaP over processes trains one DDP module"

@@ -49,9 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": _CORE | {"checkpoint", "planning", "recipe"},
     "output": _CORE | {"checkpoint"},
     "reduction": _CORE,
+    "zero": _CORE,
     "refusals": _CORE | {"shards"},
     "callback": set(),
-    "trainer": _CORE | _FILES | {"callback", "reduction", "refusals"},
+    "trainer": _CORE | _FILES | {"callback", "reduction", "refusals", "zero"},
     "cli": _CORE | _FILES | {"trainer"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.

@@ -37,6 +37,7 @@ from transformers import (
 
 from gap_hf import GaPConfig, GaPError, GaPMixin, GaPTrainer
 from gap_hf.patterns import num_kept
+from gap_hf.refusals import check_deepspeed, check_setup
 
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime")
 # Its name since transformers 5.2x; the older one is deprecated there.
@@ -600,11 +601,6 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
         ({"is_fsdp_enabled": True}, 1, r"FSDP version 1 flattens .* set fsdp_version: 2"),
         ({"is_fsdp_enabled": True}, 2, None),
         ({"is_fsdp_xla_enabled": True}, None, r"FSDP under XLA flattens .* set fsdp_version: 2"),
-        (
-            {"is_deepspeed_enabled": True},
-            None,
-            "DeepSpeed steps inside backward, .* use DDP, or FSDP with fsdp_version: 2",
-        ),
     ],
 )
 def test_of_what_shards_weights_fsdp2_is_accepted(
@@ -616,10 +612,60 @@ def test_of_what_shards_weights_fsdp2_is_accepted(
         monkeypatch.setattr(trainer, key, value)
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=plugin), raising=False)
     if message is None:
-        trainer._gap_check_setup()
+        check_setup(trainer, CONFIG)
         return
     with pytest.raises(GaPError, match=message):
-        trainer._gap_check_setup()
+        check_setup(trainer, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "changes", "message"),
+    [
+        ({"zero_optimization": {"stage": 1}}, {}, None),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, {}, None),
+        ({"zero_optimization": {"stage": 3}}, {}, "stage: found 3, expected 1 or 2, .* use FSDP with fsdp_version: 2"),
+        ({}, {}, "stage: found 0, expected 1 or 2, .* DDP to shard nothing"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            {},
+            "offload_optimizer: found 'cpu', .* expected none",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}},
+            {},
+            "offload_param: found 'nvme', .* expected none",
+        ),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, {}, "fp16.enabled: .* expected bf16: true"),
+        (
+            {"zero_optimization": {"stage": 1}},
+            {"method": "rigl"},
+            "'rigl' grows by gradients .* expected method: cyclic",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}},
+            {"method": "parallel"},
+            "'parallel' trains whole .* expected method: cyclic",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}},
+            {"optimizer_reset": "all"},
+            "optimizer_reset: found 'all', expected changed",
+        ),
+        ({"zero_optimization": {"stage": 1}}, {"lr_schedule": "restart"}, "'restart' was not tested .* expected whole"),
+    ],
+)
+def test_of_deepspeed_zero_1_and_2_are_accepted(
+    deepspeed: dict[str, Any], changes: dict[str, Any], message: str | None
+) -> None:
+    """By its config alone: what runs is in tests/distributed/test_zero.py."""
+    config = GaPConfig.from_dict({"sparsity": 0.9, **changes})
+    if message is None:
+        check_deepspeed(deepspeed, config, mixed_precision="bf16")
+        with pytest.raises(GaPError, match=r"fp16\.enabled"):
+            check_deepspeed(deepspeed, config, mixed_precision="fp16")
+        return
+    with pytest.raises(GaPError, match=message):
+        check_deepspeed(deepspeed, config)
 
 
 @pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
