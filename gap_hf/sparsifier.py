@@ -246,8 +246,7 @@ class Sparsifier:
     def _overdue(self) -> Update | None:
         """The update by gradient that is due now; of several that had to wait the last, and none in the fine-tune."""
         while (update := self._due(self.step)) is not None and update.grow_by == "gradient":
-            following = self.plan.updates[self.num_done + 1 : self.num_done + 2]
-            replaced = bool(following) and following[0].step <= self.step
+            replaced = any(u.step <= self.step for u in self.plan.updates[self.num_done + 1 : self.num_done + 2])
             if self.step < self.plan.fine_tune.start and not replaced:
                 return update
             self.num_done += 1

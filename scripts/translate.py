@@ -113,7 +113,7 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
         raise GaPError("gap.method: 'dense' trains without grow-and-prune, so there is nothing to plan")
     data = recipe.data
     args: Seq2SeqTrainingArguments = recipe.training_arguments(Seq2SeqTrainingArguments)
-    check_arguments(recipe, args)
+    check_arguments(recipe, args, plan_only=plan_only)
     resume = None if plan_only else checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
     set_seed(args.seed)
 
@@ -203,14 +203,15 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
         print(f"saved in {output}: the model, {RECIPE_FILE}, results.json, translations.txt and plot.png")
 
 
-def check_arguments(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments) -> None:
+def check_arguments(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments, *, plan_only: bool = False) -> None:
     if not args.predict_with_generate:
         raise GaPError("training.predict_with_generate: found false, expected true: BLEU is computed on translations")
     if args.auto_find_batch_size and recipe.data.max_tokens_per_batch is not None:
         raise GaPError(
             "training.auto_find_batch_size: contradicts data.max_tokens_per_batch, which sets the batches; expected one"
         )
-    if not recipe.gap.is_off:
+    # A plan needs no processes, and finds by itself what contradicts its length.
+    if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
     read_reference(recipe.data.reference)
 

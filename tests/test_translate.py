@@ -462,8 +462,15 @@ def test_there_are_recipes() -> None:
 def test_every_recipe_loads_from_anywhere(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(path, model_cls=ModelSection, data_cls=DataSection)
+    if recipe.gap.method == "parallel":  # started with a process for each partition
+        monkeypatch.setattr("transformers.TrainingArguments.world_size", recipe.gap.num_partitions)
     translate.check_arguments(recipe, recipe_arguments(recipe, {"bf16": False, "fp16": False, "use_cpu": True}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_needs_no_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert translate.main([str(ROOT / "recipes/translation/demo-pgap.yaml"), "--plan"]) == 0
+    assert "parallel" in capsys.readouterr().out
 
 
 def recipe_arguments(recipe: Any, changes: dict[str, Any]) -> Any:
