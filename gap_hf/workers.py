@@ -7,6 +7,7 @@ of code, which asks for a tensor of a worker's replica and does not know where t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,7 +82,7 @@ class OneWorker:
         yield
 
 
-class _Workers(OneWorker):
+class _Workers(OneWorker, ABC):
     """What both kinds share: the merge."""
 
     def __init__(self, num: int) -> None:
@@ -141,13 +142,13 @@ class _Workers(OneWorker):
         for name, mask in masks.items():
             sparsifier.masks.set(name, mask)
 
+    @abstractmethod
     def _describe(self, sparsifier: Sparsifier) -> Sequence[Mapping[str, Any]]:
         """`describe` of every worker's replica, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fetch(self, live: Replica, worker: int, like: Tensor, get: Callable[[Replica], Tensor]) -> Tensor:
         """A tensor of a worker's replica, of the shape, dtype and device of `like`; `live` is the one in the model."""
-        raise NotImplementedError
 
 
 class ProcessWorkers(_Workers):
