@@ -57,12 +57,19 @@ TRAINERS = ["trainer", "trainer_rigl", "trainer_twice", "trainer_compiled"]
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configs(path: Path) -> None:
     config = load_config_from_file(str(path))
-    assert config.distributed_type == "MULTI_GPU" and config.num_processes == 8 * config.num_machines
+    kinds = {"fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    assert config.distributed_type == kinds.get(path.stem, "MULTI_GPU")
+    assert config.num_processes == 8 * config.num_machines
     assert (config.num_machines > 1) == path.stem.startswith("many_nodes")
 
 
-def test_both_configs_are_there() -> None:
-    assert [path.stem for path in sorted(CONFIGS.glob("*ddp.yaml"))] == ["many_nodes_ddp", "one_node_ddp"]
+def test_the_configs_are_there() -> None:
+    assert [path.stem for path in sorted(CONFIGS.glob("*.yaml"))] == [
+        "fsdp2",
+        "many_nodes_ddp",
+        "one_node_ddp",
+        "zero2",
+    ]
 
 
 def test_two_processes(tmp_path: Path) -> None:
