@@ -10,22 +10,13 @@ Ramps are those of C-GaP: with `ramp_share` and `prune_share` at 0 it is the pap
 from __future__ import annotations
 
 from gap_hf.config import GaPConfig
+from gap_hf.methods import cyclic
 from gap_hf.methods.cyclic import chain, prune_ramp, waiting_level
 from gap_hf.phases import PARALLEL, Layout, Phase, Run, Schedule, Update, phase_ends
 from gap_hf.ramps import interval, update_points
 
 GROUPS = "partition"
-USES = {
-    "num_rounds",
-    "cyclic_rounds",
-    "phase_steps",
-    "phase_epochs",
-    "fine_tune_share",
-    "ramp_share",
-    "prune_share",
-    "update_steps",
-    "workers",
-}
+USES = cyclic.USES | {"cyclic_rounds", "workers"}
 
 
 def build(config: GaPConfig, run: Run) -> Schedule:
