@@ -137,9 +137,8 @@ def write_tensors(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
         tensor.copy_(values[name])
 
 
-def write_state(sparsifier: Sparsifier, name: str, values: Mapping[str, Any]) -> None:
+def write_state(sparsifier: Sparsifier, live: Replica, name: str, values: Mapping[str, Any]) -> None:
     """Replace one parameter's optimizer state, in place where the tensors are there already."""
-    live = live_replica(sparsifier)
     state = unwrap(sparsifier.optimizer).state
     if not values:
         state.pop(live.params[name], None)

@@ -126,7 +126,7 @@ class _Workers(OneWorker, ABC):
                     continue
                 like = torch.empty(spec.shape, dtype=spec.dtype, device=live.state_device(name, key))
                 new[key] = mean(list(states), like, lambda replica, name=name, key=key: replica.optimizer[name][key])
-            write_state(sparsifier, name, new)
+            write_state(sparsifier, live, name, new)
         masks: dict[str, Tensor | None] = {}
         previous: dict[str, Tensor] = {}
         for worker, group in enumerate(sparsifier.groups):
