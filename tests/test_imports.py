@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "refusals": _CORE | {"shards"},
     "callback": set(),
     "trainer": _CORE | _FILES | {"callback", "reduction", "refusals", "zero"},
-    "cli": _CORE | _FILES | {"trainer"},
+    "commands": _CORE | _FILES | {"trainer", "commands"},
+    "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
 NO_TORCH = {"errors", "checks", "config", "coercion", "phases", "ramps", "methods", "plan", "partition", "recipe"}

@@ -23,7 +23,7 @@ from _quality.results import code_hash, difference, is_done, read_result, result
 from _quality.runner import Runner, last_checkpoint
 from _quality.tier import load_tier
 
-from gap_hf.cli import build_on_meta
+from gap_hf.commands.plan import build_on_meta
 from gap_hf.errors import GaPError
 from gap_hf.planning import summarize
 

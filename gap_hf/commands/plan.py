@@ -1,0 +1,148 @@
+"""`gap-hf plan`: targets, groups, phases and cost of a recipe, before any training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    Seq2SeqTrainingArguments,
+)
+
+from gap_hf.config import load_yaml
+from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.planning import format_summary, summarize
+from gap_hf.recipe import OVERWRITE, load_recipe, one_line
+
+# A config type that several of these know is built by the first.
+_AUTO_CLASSES = (
+    AutoModelForSeq2SeqLM,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+    AutoModel,
+)
+
+# Token ids of a tokenizer that is trained later: a config's own defaults may lie outside a small vocabulary.
+_TRAINED_TOKENIZER = {
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "forced_eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+
+def add(commands: Any) -> None:
+    """Declare the command's arguments; `commands` is argparse's, as of every module here."""
+    plan = commands.add_parser(
+        "plan",
+        help="print targets, groups, phases and cost of a recipe, before any training",
+        description="Print what a recipe would train: which weights, in which groups and phases, at which cost. "
+        "--section.key=value overrides the recipe, as in training.",
+    )
+    plan.add_argument("recipe", type=Path, help="the recipe's YAML file")
+    plan.add_argument("--steps", type=int, help="optimizer steps of the whole run, if the recipe has no max_steps")
+    plan.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch, if the recipe goes by epochs")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.set_defaults(run=run, takes_overrides=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan. Returns the exit code."""
+    summary = plan_recipe(args.recipe, args.overrides, steps=args.steps, steps_per_epoch=args.steps_per_epoch)
+    print(json.dumps(summary, indent=2) if args.json else format_summary(summary))
+    return 0
+
+
+def plan_recipe(
+    path: Path, overrides: Sequence[str], *, steps: int | None, steps_per_epoch: int | None
+) -> dict[str, Any]:
+    """`gap_hf.planning.summarize` for a recipe.
+
+    Raises:
+        GaPError: for a bad recipe, or if its length depends on data that is not counted here.
+    """
+    recipe = load_recipe(path, overrides, model_cls=dict, data_cls=dict, training_cls=_training_class(path))
+    if recipe.gap.is_off:
+        raise GaPError("gap.method: 'dense' trains without grow-and-prune, so there is nothing to plan")
+    total_steps, per_epoch = _length(recipe.training, steps, steps_per_epoch)
+    seed = recipe.training.get("seed", 42)
+    return summarize(
+        build_on_meta(recipe.model), recipe.gap, total_steps=total_steps, steps_per_epoch=per_epoch, seed=seed
+    )
+
+
+def _training_class(path: Path) -> type:
+    """TRL's SFTConfig if `training` has a name that only it has, else transformers' own."""
+    training = load_yaml(path).get("training")
+    names = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)} | {OVERWRITE}
+    if not isinstance(training, dict) or training.keys() <= names:
+        return Seq2SeqTrainingArguments
+    try:
+        from trl.trainer.sft_config import SFTConfig
+    except ImportError:
+        return Seq2SeqTrainingArguments  # which then names the key that it does not know
+    known = names | {f.name for f in dataclasses.fields(SFTConfig)}
+    return SFTConfig if training.keys() <= known and training.keys() - names else Seq2SeqTrainingArguments
+
+
+def _length(training: Mapping[str, Any], steps: int | None, per_epoch: int | None) -> tuple[int, Fraction | None]:
+    for name, value in (("--steps", steps), ("--steps-per-epoch", per_epoch)):
+        if value is not None and value < 1:
+            raise GaPError(f"{name}: found {value}, expected at least 1")
+    max_steps = training.get("max_steps", -1)
+    if steps is not None or max_steps > 0:
+        total = steps if steps is not None else max_steps
+        return total, Fraction(per_epoch) if per_epoch else None
+    if per_epoch is None:
+        raise GaPError(
+            "training.max_steps: not set, so the length depends on the data, which is not counted here; expected "
+            "--steps or --steps-per-epoch, or use the training script's own --plan"
+        )
+    epochs = Fraction(str(training.get("num_train_epochs", 3.0)))
+    return math.ceil(epochs * per_epoch), Fraction(per_epoch)
+
+
+def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
+    """The model of a recipe's `model` section without its weights, whatever its size.
+
+    Raises:
+        GaPError: if the type is unknown or the config cannot be loaded or refuses a value.
+    """
+    try:
+        if section.get("checkpoint") is not None:
+            config = AutoConfig.from_pretrained(str(section["checkpoint"]))
+        else:
+            known = _TRAINED_TOKENIZER | {"vocab_size": section["vocab_size"]} if "vocab_size" in section else {}
+            config = AutoConfig.for_model(str(section.get("type")), **{**known, **section.get("config", {})})
+        with torch.device("meta"):
+            return _auto_class(config).from_config(config)
+    except Exception as error:  # each model checks its own config, with its own kinds of error
+        key = "checkpoint" if section.get("checkpoint") is not None else "type"
+        unknown = key == "type" and section.get(key) not in CONFIG_MAPPING
+        detail = did_you_mean(str(section.get(key)), CONFIG_MAPPING) if unknown else f": {one_line(error)}"
+        raise GaPError(f"model.{key}: found {section.get(key)!r}, which gives no model{detail}") from None
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    for auto in _AUTO_CLASSES:
+        if type(config) in auto._model_mapping:
+            return auto
+    raise GaPError(f"model.type: no transformers Auto class builds a model from {type(config).__name__}")
