@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "refusals": _CORE | {"shards"},
     "callback": set(),
     "trainer": _CORE | _FILES | {"callback", "reduction", "refusals", "zero"},
+    "packed": {"errors", "packed"},
     "commands": _CORE | _FILES | {"trainer", "commands"},
     "cli": {"errors", "commands"},
 }
