@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callback": set(),
     "trainer": _CORE | _FILES | {"callback", "reduction", "refusals", "zero"},
     "packed": {"errors", "packed"},
+    "saving": _CORE | {"packed"},
     "commands": _CORE | _FILES | {"trainer", "commands"},
     "cli": {"errors", "commands"},
 }

@@ -1,0 +1,218 @@
+"""Loading the packed form through transformers' own `from_pretrained`: a quantizer that unpacks, and then is gone.
+
+Importing this registers it. The model that comes out is an ordinary dense one: it trains, and saves as any other does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gap_hf.packed.layout import PackedError, unpack
+
+METHOD = "gap_hf"
+VERSION = 1
+SUFFIX = "_mask"
+_MAX_HEADER = 100_000_000
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed model.
+
+    Attributes:
+        version: Of the form.
+        files: Each weight file's name to its ``size`` in bytes and ``sha256``.
+    """
+
+    def __init__(self, version: int = VERSION, files: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.files = dict(files or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "version": self.version, "files": self.files}
+
+
+def check_files(paths: Sequence[str | Path], config: PackedConfig) -> None:
+    """Compare the weight files with what is recorded of them, all of them, before any is used.
+
+    Raises:
+        PackedError: if a file is missing, is one too many, or was changed, or the version is not known.
+    """
+    if config.version != VERSION:
+        raise PackedError(
+            f"quantization_config.version is {config.version!r}, expected {VERSION}, which this reader knows"
+        )
+    given = {Path(path).name: Path(path) for path in paths}
+    if given.keys() != config.files.keys():
+        name = min(given.keys() ^ config.files.keys())
+        raise PackedError(
+            f"{name}: is {'not recorded in config.json' if name in given else 'recorded in config.json, and missing'}"
+        )
+    for name, path in given.items():
+        entry = config.files[name]
+        if not isinstance(entry, dict) or entry.get("size") != path.stat().st_size:
+            raise PackedError(f"{name}: has {path.stat().st_size} bytes, expected what config.json records")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.get("sha256"):
+                raise PackedError(f"{name}: SHA-256 is not what config.json records; the file was changed")
+
+
+def packed_keys(path: str | Path) -> set[str]:
+    """Keys of a safetensors file that have a mask beside them.
+
+    Raises:
+        PackedError: if its header cannot be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, Path(path).stat().st_size - 8):
+            raise PackedError(f"{Path(path).name}: is not a safetensors file")
+        try:
+            keys = json.loads(file.read(length)).keys()
+        except (ValueError, AttributeError):
+            raise PackedError(f"{Path(path).name}: its header is not JSON") from None
+    return {key for key in keys if key + SUFFIX in keys}
+
+
+class Unpack(ConversionOps):
+    """Values and masks to dense tensors; what has no mask passes. The first of a converter's operations."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        full_layer_name: str | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        lists = {key: value if isinstance(value, list) else [value] for key, value in input_dict.items()}
+        masks = {_plain(key): value for key, value in lists.items() if _plain(key).endswith(SUFFIX)}
+        out: dict[str, Any] = {}
+        for key, values in lists.items():
+            if _plain(key).endswith(SUFFIX):
+                continue
+            # Both lists are in the order of the keys, and only a packed tensor has one dimension where there are many.
+            rest = list(masks.get(_plain(key) + SUFFIX, []))
+            dense = [unpack(v, rest.pop(0)) if rest and (v.ndim == 1 or len(values) == 1) else v for v in values]
+            if rest:
+                raise PackedError(f"{key}: has {len(rest)} masks without values")
+            out[key] = dense
+        return out
+
+
+class UnpackOne(Unpack):
+    """The same for a tensor that no other operation follows, so that its shape can be compared with the model's."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        full_layer_name: str | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        ((_, (tensor,)),) = super().convert(input_dict, full_layer_name=full_layer_name, model=model).items()
+        assert full_layer_name is not None
+        expected = model.get_parameter_or_buffer(full_layer_name).shape
+        if tensor.shape != expected:
+            raise PackedError(f"{full_layer_name}: has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+        return {full_layer_name: tensor}
+
+
+def _plain(pattern: str) -> str:
+    return pattern.removesuffix("$")
+
+
+class PackedQuantizer(HfQuantizer):
+    """Gives transformers' loader the operations that unpack, after every file was checked."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._keys: set[str] = set()
+        self._dtype: torch.dtype | None = None
+        self._originals: dict[int, Any] = {}
+
+    def preprocess_model(self, model: Any, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not checkpoint_files:
+            raise PackedError("a packed model is loaded from its files; no state_dict can be given instead")
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise PackedError("a packed model cannot be sharded while it is loaded; unpack it first (gap-hf unpack)")
+        check_files(checkpoint_files, self.quantization_config)  # type: ignore[arg-type]
+        self._keys = set().union(*map(packed_keys, checkpoint_files))
+        self._dtype = dtype
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        name = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        return dtype if name.startswith(("F", "BF")) or "float" in name else None
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
+        leaves = sorted({key.rpartition(".")[2] for key in self._keys})
+        updated = []
+        for converter in weight_conversions:
+            sources = getattr(converter, "_original_source_patterns", [])
+            if isinstance(converter, WeightConverter) and any(_plain(s).endswith(tuple(leaves)) for s in sources):
+                both = [*sources, *[f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]]
+                copy = WeightConverter(both, converter._original_target_patterns, [Unpack(), *converter.operations])
+                copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+                self._originals[id(copy)] = converter
+                converter = copy
+            updated.append(converter)
+        own = [WeightConverter([f"{leaf}$", f"{leaf}{SUFFIX}$"], leaf, [UnpackOne()]) for leaf in leaves]
+        self._originals |= {id(converter): None for converter in own}
+        return [*updated, *own]
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        conversions = getattr(model, "_weight_conversions", None)
+        self.remove_quantization_config(model)
+        if conversions is not None:
+            restored = [self._originals.get(id(c), c) for c in conversions]
+            model._weight_conversions = [c for c in restored if c is not None]
+        if "AutoConfig" in (getattr(model.config, "auto_map", None) or {}):
+            del model.config.auto_map
+        return model
+
+    def is_serializable(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def pack_state(tensors: Mapping[str, Tensor], packed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """What goes into a file: `packed` tensors as two, the others as they are."""
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key in packed:
+            out[key], out[key + SUFFIX] = packed[key]
+        else:
+            out[key] = tensor
+    return out
+
+
+# A model's own reader may have come first, by trust_remote_code.
+with contextlib.suppress(ValueError):
+    register_quantization_config(METHOD)(PackedConfig)
+with contextlib.suppress(ValueError):
+    register_quantizer(METHOD)(PackedQuantizer)

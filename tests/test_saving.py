@@ -1,0 +1,154 @@
+"""A packed model is the model: saved and loaded through transformers, to the bit, and never anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+from gap_hf import GaPConfig, GaPError, Sparsifier
+from gap_hf.packed.layout import PackedError
+from gap_hf.saving import save_packed
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=200, n_positions=32, bos_token_id=0, eos_token_id=1)
+    )
+
+
+def pruned(model: torch.nn.Module, **config: object) -> Sparsifier:
+    """The masks of a run that has ended, its weights pruned with them."""
+    gap = GaPConfig.from_dict({"sparsity": 0.9, "method": "static", **config})
+    sparsifier = Sparsifier(model, gap, total_steps=4, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    sparsifier.start()
+    return sparsifier
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("shards", ["50GB", "100KB"])
+def test_a_packed_model_loads_to_the_bit_and_is_an_ordinary_one(tmp_path: Path, shards: str) -> None:
+    model = gpt2()
+    save_packed(model, tmp_path / "packed", pruned(model), max_shard_size=shards)
+    model.save_pretrained(tmp_path / "dense")
+    files = list((tmp_path / "packed").glob("*.safetensors"))
+    assert (len(files) > 1) == (shards == "100KB")
+    packed, dense = (sum(f.stat().st_size for f in (tmp_path / d).glob("*.safetensors")) for d in ("packed", "dense"))
+    assert packed < 0.4 * dense  # the embeddings are a sixth of it, and stay dense
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert same(loaded, model)
+    assert not getattr(loaded, "is_quantized", False) and not hasattr(loaded.config, "quantization_config")
+    assert loaded.transformer.h[0].mlp.c_fc.weight.requires_grad
+    loaded.save_pretrained(tmp_path / "again")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+def test_dtype_and_device_map(tmp_path: Path) -> None:
+    model = gpt2()
+    save_packed(model, tmp_path, pruned(model))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert same(half, model.to(torch.bfloat16))
+    disk = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    disk |= {"transformer.h.0": "cpu", "transformer.h.1": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, device_map=disk, offload_folder=tmp_path / "offload"
+    )
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, half(ids).logits)
+
+
+def test_experts_that_a_file_holds_one_by_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            vocab_size=100,
+            max_position_embeddings=64,
+        )
+    )
+    save_packed(model, tmp_path / "a", pruned(model))
+    assert b"experts.3.w2.weight_mask" in (tmp_path / "a" / "model.safetensors").read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert same(loaded, model)
+    loaded.save_pretrained(tmp_path / "b")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), model)
+
+
+def test_blocks_take_a_bit_each(tmp_path: Path) -> None:
+    sizes = []
+    for pattern in ("unstructured", "block:16x1"):
+        model = gpt2()
+        save_packed(model, tmp_path / pattern[:5], pruned(model, pattern=pattern))
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / pattern[:5]), model)
+        sizes.append((tmp_path / pattern[:5] / "model.safetensors").stat().st_size)
+    num_prunable = 2 * 12 * 64 * 64
+    assert sizes[0] - sizes[1] > 0.8 * num_prunable * 0.469 / 8 * 15 / 16
+
+
+def test_without_the_reader_it_fails_loudly(tmp_path: Path) -> None:
+    model = gpt2()
+    save_packed(model, tmp_path, pruned(model))
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r}); print('LOADED')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0 and "LOADED" not in run.stdout
+    assert "size" in run.stderr or "shape" in run.stderr
+
+
+def test_a_changed_file_is_refused_before_anything_is_used(tmp_path: Path) -> None:
+    model = gpt2()
+    save_packed(model, tmp_path / "a", pruned(model), max_shard_size="100KB")
+    shard = sorted((tmp_path / "a").glob("*.safetensors"))[0].name
+
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(tmp_path / "a", tmp_path / name))
+
+    flipped = damaged("flipped") / shard
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(data)
+    with pytest.raises(PackedError, match=f"{shard}: SHA-256"):
+        AutoModelForCausalLM.from_pretrained(flipped.parent)
+    cut = damaged("cut") / shard
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(PackedError, match=f"{shard}: has "):
+        AutoModelForCausalLM.from_pretrained(cut.parent)
+    index = damaged("index") / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {k: v for k, v in content["weight_map"].items() if v != shard}
+    index.write_text(json.dumps(content))
+    with pytest.raises(PackedError, match=f"{shard}: is recorded in config.json, and missing"):
+        AutoModelForCausalLM.from_pretrained(index.parent)
+    config = damaged("version") / "config.json"
+    config.write_text(config.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(PackedError, match="version is 9, expected 1"):
+        AutoModelForCausalLM.from_pretrained(config.parent)
+
+
+def test_masks_that_are_not_the_models_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    model = gpt2()
+    name = "transformer.h.0.mlp.c_fc.weight"
+    weight = model.get_parameter(name)
+    with pytest.raises(GaPError, match="a masked weight is not 0"):
+        save_packed(model, tmp_path / "x", {name: torch.zeros_like(weight)})
+    with pytest.raises(GaPError, match=r"c_fx.*c_fc"):
+        save_packed(model, tmp_path / "x", {name.replace("c_fc", "c_fx"): torch.ones_like(weight)})
+    with pytest.raises(GaPError, match="expected \\(64, 256\\)"):
+        save_packed(model, tmp_path / "x", {name: torch.ones(3)})
+    assert list(tmp_path.iterdir()) == []
