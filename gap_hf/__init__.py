@@ -4,7 +4,7 @@ from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.partition import make_partition
 from gap_hf.plan import Plan, make_plan
-from gap_hf.saving import save_packed
+from gap_hf.saving import save_pretrained
 from gap_hf.sparsifier import Sparsifier
 from gap_hf.targets import find_targets
 from gap_hf.trainer import GaPMixin, GaPSeq2SeqTrainer, GaPTrainer
@@ -22,5 +22,5 @@ __all__ = [
     "find_targets",
     "make_partition",
     "make_plan",
-    "save_packed",
+    "save_pretrained",
 ]

@@ -155,39 +155,9 @@ def load(folder: str | Path) -> GaPState:
         GaPError: if a file is missing, cannot be read, was changed, or disagrees with the other.
     """
     folder = Path(folder)
-    for name in (CONFIG_NAME, MASKS_NAME):
-        if not (folder / name).is_file():
-            raise GaPError(
-                f"{folder}: has no {name}, so it is not a checkpoint of a GaP run; to start GaP from its weights, load "
-                "the model from it and train anew with initial_mask: magnitude"
-            )
+    _check_there(folder)
     header = _read_header(folder / CONFIG_NAME)
-    if (found := _sha256(folder / MASKS_NAME)) != header["masks_sha256"]:
-        raise GaPError(
-            f"{folder / MASKS_NAME}: SHA-256 is {found[:12]}…, expected {str(header['masks_sha256'])[:12]}… as "
-            f"{CONFIG_NAME} records"
-        )
-    try:
-        tensors = load_file(folder / MASKS_NAME)
-    except SafetensorError as error:
-        raise GaPError(f"{folder / MASKS_NAME}: not a safetensors file ({error})") from None
-    masks: dict[str, Tensor | None] = {}
-    previous: dict[str, Tensor] = {}
-    for entry in header["weights"]:
-        name, shape = entry["name"], entry["shape"]
-        key = f"mask/{name}"
-        if (key in tensors) == entry["dense"]:
-            raise GaPError(f"{folder / MASKS_NAME}: '{name}' {'has a' if entry['dense'] else 'lacks its'} mask")
-        masks[name] = unpack_bits(tensors.pop(key), shape, name) if key in tensors else None
-        mask = masks[name]
-        if mask is not None and int(mask.sum()) != entry["live"]:
-            raise GaPError(
-                f"{folder / MASKS_NAME}: the mask of '{name}' keeps {int(mask.sum())} weights, expected {entry['live']}"
-            )
-        if f"previous/{name}" in tensors:
-            previous[name] = unpack_bits(tensors.pop(f"previous/{name}"), shape, name)
-    if tensors:
-        raise GaPError(f"{folder / MASKS_NAME}: holds '{min(tensors)}', which {CONFIG_NAME} does not name")
+    masks, previous = _read_masks(folder, header)
     plan = Plan.from_dict(header["plan"])
     levels, num_done = header["levels"], header["updates_done"]
     if len(levels) != plan.num_groups or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in levels):
@@ -205,6 +175,55 @@ def load(folder: str | Path) -> GaPState:
         num_done=num_done,
         replicas=_digests(folder, header.get("replicas", {})),
     )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Masks beside a model, and the pattern that they have, if it is recorded."""
+
+    masks: dict[str, Tensor]
+    pattern: str | None
+
+
+def load_masks(folder: str | Path) -> Recorded:
+    """The masks alone, by parameter name; they need not be those of a run that can go on.
+
+    Raises:
+        GaPError: as `load`.
+    """
+    folder = Path(folder)
+    _check_there(folder)
+    header = _read_header(folder / CONFIG_NAME, to_resume=False)
+    masks, _ = _read_masks(folder, header)
+    pattern = header.get("config", {}).get("pattern")
+    return Recorded({n: m for n, m in masks.items() if m is not None}, pattern if isinstance(pattern, str) else None)
+
+
+def live_counts(folder: str | Path) -> dict[str, int]:
+    """Live weights of every tensor with a mask, as `gap_config.json` records them.
+
+    Raises:
+        GaPError: if it cannot be read.
+    """
+    header = _read_header(Path(folder) / CONFIG_NAME, to_resume=False)
+    return {entry["name"]: entry["live"] for entry in header["weights"] if not entry["dense"]}
+
+
+def write_masks(folder: str | Path, masks: Mapping[str, Tensor]) -> None:
+    """Write masks by parameter name beside a model; what `gap_config.json` says of a run stays, if it is there."""
+    folder = Path(folder)
+    header: dict[str, Any] = {"format": "gap_hf", "version": VERSION}
+    if (folder / CONFIG_NAME).is_file():
+        header = _read_header(folder / CONFIG_NAME, to_resume=False)
+    else:
+        weights = [(name, mask, int(mask.sum())) for name, mask in masks.items()]
+        header["weights"] = [
+            {"name": name, "shape": list(mask.shape), "live": live, "dense": False} for name, mask, live in weights
+        ]
+        header["sparsity"] = 1 - sum(w[2] for w in weights) / max(1, sum(w[1].numel() for w in weights))
+    save_file({f"mask/{n}": pack_bits(m) for n, m in masks.items()}, folder / MASKS_NAME, metadata={"format": "pt"})
+    header["masks_sha256"] = _sha256(folder / MASKS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 def check_same_config(state: GaPState, config: GaPConfig, folder: str | Path) -> None:
@@ -238,7 +257,47 @@ def check_same_weights(state: GaPState, sparsifier: Sparsifier, folder: str | Pa
             raise GaPError(f"{folder}: the mask of '{name}' has shape {tuple(mask.shape)}, expected {shape}")
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _check_there(folder: Path) -> None:
+    for name in (CONFIG_NAME, MASKS_NAME):
+        if not (folder / name).is_file():
+            raise GaPError(
+                f"{folder}: has no {name}, so it is not a checkpoint of a GaP run; to start GaP from its weights, load "
+                "the model from it and train anew with initial_mask: magnitude"
+            )
+
+
+def _read_masks(folder: Path, header: dict[str, Any]) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
+    """Masks and last-prune masks of a folder, compared with what its header says."""
+    if (found := _sha256(folder / MASKS_NAME)) != header["masks_sha256"]:
+        raise GaPError(
+            f"{folder / MASKS_NAME}: SHA-256 is {found[:12]}…, expected {str(header['masks_sha256'])[:12]}… as "
+            f"{CONFIG_NAME} records"
+        )
+    try:
+        tensors = load_file(folder / MASKS_NAME)
+    except SafetensorError as error:
+        raise GaPError(f"{folder / MASKS_NAME}: not a safetensors file ({error})") from None
+    masks: dict[str, Tensor | None] = {}
+    previous: dict[str, Tensor] = {}
+    for entry in header["weights"]:
+        name, shape = entry["name"], entry["shape"]
+        key = f"mask/{name}"
+        if (key in tensors) == entry["dense"]:
+            raise GaPError(f"{folder / MASKS_NAME}: '{name}' {'has a' if entry['dense'] else 'lacks its'} mask")
+        masks[name] = unpack_bits(tensors.pop(key), shape, name) if key in tensors else None
+        mask = masks[name]
+        if mask is not None and int(mask.sum()) != entry["live"]:
+            raise GaPError(
+                f"{folder / MASKS_NAME}: the mask of '{name}' keeps {int(mask.sum())} weights, expected {entry['live']}"
+            )
+        if f"previous/{name}" in tensors:
+            previous[name] = unpack_bits(tensors.pop(f"previous/{name}"), shape, name)
+    if tensors:
+        raise GaPError(f"{folder / MASKS_NAME}: holds '{min(tensors)}', which {CONFIG_NAME} does not name")
+    return masks, previous
+
+
+def _read_header(path: Path, *, to_resume: bool = True) -> dict[str, Any]:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -247,16 +306,16 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise GaPError(f'{path}: not written by gap_hf; expected "format": "gap_hf"')
     if header.get("version") != VERSION:
         raise GaPError(f"{path}: version is {header.get('version')!r}, expected {VERSION}, which this gap_hf writes")
-    types = {
+    run = {
         "config": dict,
         "seed": int,
         "step": int,
-        "weights": list,
         "plan": dict,
         "masks_sha256": str,
         "levels": list,
         "updates_done": int,
     }
+    types = {"weights": list, **(run if to_resume else {})}
     for key, kind in types.items():
         if not isinstance(header.get(key), kind):
             raise GaPError(f"{path}: '{key}' is {type(header.get(key)).__name__}, expected {kind.__name__}")

@@ -1,127 +1,84 @@
-"""Saving a sparse model for others in the packed form."""
+"""Saving a sparse model for others in either form."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gap_hf.config import Pattern, parse_pattern
+from gap_hf import checkpoint
+from gap_hf.config import parse_pattern
 from gap_hf.errors import GaPError, did_you_mean
-from gap_hf.packed.layout import PackedError, pack
-from gap_hf.packed.loading import METHOD, SUFFIX, VERSION
+from gap_hf.folder_files import keys_of, replaced, weight_files
+from gap_hf.folders import pack_in_place
 from gap_hf.sparsifier import Sparsifier
 
-_CONFIG = "config.json"
 
-
-def save_packed(
-    model: PreTrainedModel, folder: str | Path, masks: Sparsifier | Mapping[str, Tensor], **kwargs: Any
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | Path,
+    masks: Sparsifier | Mapping[str, Tensor],
+    *,
+    packed: bool = False,
+    **kwargs: Any,
 ) -> None:
-    """Save a model in the packed form (docs/format.md): the values of live weights, and a coded bit for each weight.
+    """Save a sparse model: as ordinary safetensors with zeros and its masks beside them, or in the packed form.
 
-    ``import gap_hf`` and the usual ``from_pretrained`` load it; without that import it fails on the shapes.
+    The dense form loads anywhere. The packed one (docs/format.md) holds the values of live weights and a coded bit for each weight; it loads
+    with ``import gap_hf`` before the usual ``from_pretrained``, or with ``trust_remote_code=True`` where gap_hf is not installed,
+    and fails on its shapes otherwise.
 
     Args:
         model: Whole, in this process.
-        folder: Made if need be; weight files of an earlier save in it are replaced.
+        folder: Made if need be; weights and masks of an earlier save in it are replaced.
         masks: What trained it (`trainer.gap`), or masks by parameter name: of the parameter's shape, not 0 is live.
+        packed: Which form.
         **kwargs: For `model.save_pretrained`, such as ``max_shard_size``.
 
     Raises:
         GaPError: if a mask is of no parameter, or a masked weight is not 0. Nothing is written then.
     """
-    pattern = parse_pattern(masks.config.pattern) if isinstance(masks, Sparsifier) else None
-    named = {name: masks.masks[name] for name in masks.weights} if isinstance(masks, Sparsifier) else dict(masks)
+    named = {n: masks.masks[n] for n in masks.weights} if isinstance(masks, Sparsifier) else dict(masks)
     sparse = {name: mask for name, mask in named.items() if mask is not None}
+    _check(model, sparse)
+    with replaced(Path(folder)) as made:
+        model.save_pretrained(made, **kwargs)
+        if isinstance(masks, Sparsifier):
+            checkpoint.save(made, masks, step=masks.step)
+        else:
+            checkpoint.write_masks(made, {n: (mask != 0).to(torch.uint8) for n, mask in sparse.items()})
+        if not packed:
+            return
+        pattern = parse_pattern(masks.config.pattern) if isinstance(masks, Sparsifier) else None
+        # transformers renames and splits masks as it does weights, so that they are under the file's own keys.
+        with tempfile.TemporaryDirectory(dir=made.parent) as bits:
+            params = dict(model.named_parameters())
+            state = {n: (m != 0).to(params[n].device, params[n].dtype) for n, m in sparse.items()}
+            model.save_pretrained(bits, state_dict=state)
+            files = {key: path for path in weight_files(Path(bits)) for key in keys_of(path)}
+
+            def mask_of(key: str, tensor: Tensor) -> Tensor | None:
+                if key not in files:
+                    return None
+                with safe_open(files[key], "pt") as file:
+                    return file.get_tensor(key)
+
+            pack_in_place(made, mask_of, pattern)
+
+
+def _check(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     params = dict(model.named_parameters())
-    for name, mask in sparse.items():
+    for name, mask in masks.items():
         if name not in params:
             raise GaPError(f"masks: '{name}' is no parameter of the model{did_you_mean(name, params)}")
-        if mask.shape != params[name].shape:
-            raise GaPError(f"masks: '{name}' has shape {tuple(mask.shape)}, expected {tuple(params[name].shape)}")
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        dense, bits = Path(scratch) / "dense", Path(scratch) / "masks"
-        model.save_pretrained(dense, **kwargs)
-        # transformers renames and splits the masks as it does the weights, so that they are under the file's own keys.
-        model.save_pretrained(bits, state_dict={n: m.to(params[n].device, params[n].dtype) for n, m in sparse.items()})
-        with _tensors(bits) as masks_by_key:
-            files = {path.name: _pack_file(path, masks_by_key, pattern) for path in sorted(dense.glob("*.safetensors"))}
-        _fix_index(dense)
-        config = json.loads((dense / _CONFIG).read_text(encoding="utf-8"))
-        config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, "files": files}
-        (dense / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob("*.safetensors*"):
-            old.unlink()
-        for path in dense.iterdir():
-            shutil.move(path, folder / path.name)
-
-
-@contextmanager
-def _tensors(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Every tensor of a folder by key, each read when it is asked for."""
-    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
-    try:
-        yield {key: file for file in files for key in file.keys()}  # noqa: SIM118
-    finally:
-        del files
-
-
-def _pack_file(path: Path, masks: Mapping[str, Any], pattern: Pattern | None) -> dict[str, Any]:
-    """Replace a dense file by its packed form. Returns what config.json records of it."""
-    out: dict[str, Tensor] = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(key)
-            if key not in masks:
-                out[key] = tensor.clone()
-                continue
-            try:
-                out[key], out[key + SUFFIX] = _pack(tensor, masks[key].get_tensor(key), pattern)
-            except PackedError as error:
-                raise GaPError(f"'{key}': {error}") from None
-    part = path.with_suffix(".part")
-    save_file(out, part, metadata={"format": "pt"})
-    os.replace(part, path)
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _pack(tensor: Tensor, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
-    """By blocks where the pattern has them and the mask is made of them, in whichever orientation the tensor has."""
-    if pattern is not None and pattern.kind == "block" and tensor.ndim >= 2:
-        sizes = (pattern.rows, pattern.cols)
-        lead = (1,) * (tensor.ndim - 2)
-        for block in ((*lead, *sizes), (*lead, *reversed(sizes)), (*sizes, *lead)):
-            try:
-                return pack(tensor, mask, block=block)
-            except PackedError:
-                continue
-    return pack(tensor, mask)
-
-
-def _fix_index(folder: Path) -> None:
-    """Name the masks in a sharded model's index, and count the bytes that there are now."""
-    for path in folder.glob("*.safetensors.index.json"):
-        index = json.loads(path.read_text(encoding="utf-8"))
-        weight_map: dict[str, str] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as tensors:
-                weight_map |= dict.fromkeys(tensors.keys(), file.name)
-        index["weight_map"] = weight_map
-        index["metadata"]["total_size"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        weight = params[name].detach()
+        if mask.shape != weight.shape:
+            raise GaPError(f"masks: '{name}' has shape {tuple(mask.shape)}, expected {tuple(weight.shape)}")
+        if wrong := int(((weight != 0) & (mask.to(weight.device) == 0)).sum()):
+            raise GaPError(f"masks: '{name}' has {wrong} masked weights that are not 0")

@@ -54,7 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callback": set(),
     "trainer": _CORE | _FILES | {"callback", "reduction", "refusals", "zero"},
     "packed": {"errors", "packed"},
-    "saving": _CORE | {"packed"},
+    "folder_files": {"errors", "checkpoint", "packed"},
+    "recorded": {"errors", "checkpoint", "packed", "folder_files"},
+    "folders": {"errors", "config", "checkpoint", "packed", "folder_files", "recorded"},
+    "saving": _CORE | {"checkpoint", "folder_files", "folders"},
     "commands": _CORE | _FILES | {"trainer", "commands"},
     "cli": {"errors", "commands"},
 }

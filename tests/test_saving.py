@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +15,30 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from gap_hf import GaPConfig, GaPError, Sparsifier
+from gap_hf import save_pretrained as save
 from gap_hf.packed.layout import PackedError
-from gap_hf.saving import save_packed
 
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
         GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=200, n_positions=32, bos_token_id=0, eos_token_id=1)
+    )
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            vocab_size=100,
+            max_position_embeddings=64,
+        )
     )
 
 
@@ -40,7 +58,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("shards", ["50GB", "100KB"])
 def test_a_packed_model_loads_to_the_bit_and_is_an_ordinary_one(tmp_path: Path, shards: str) -> None:
     model = gpt2()
-    save_packed(model, tmp_path / "packed", pruned(model), max_shard_size=shards)
+    save(model, tmp_path / "packed", pruned(model), max_shard_size=shards, packed=True)
     model.save_pretrained(tmp_path / "dense")
     files = list((tmp_path / "packed").glob("*.safetensors"))
     assert (len(files) > 1) == (shards == "100KB")
@@ -56,7 +74,7 @@ def test_a_packed_model_loads_to_the_bit_and_is_an_ordinary_one(tmp_path: Path, 
 
 def test_dtype_and_device_map(tmp_path: Path) -> None:
     model = gpt2()
-    save_packed(model, tmp_path, pruned(model))
+    save(model, tmp_path, pruned(model), packed=True)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
     assert same(half, model.to(torch.bfloat16))
     disk = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
@@ -70,20 +88,8 @@ def test_dtype_and_device_map(tmp_path: Path) -> None:
 
 
 def test_experts_that_a_file_holds_one_by_one(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            vocab_size=100,
-            max_position_embeddings=64,
-        )
-    )
-    save_packed(model, tmp_path / "a", pruned(model))
+    model = mixtral()
+    save(model, tmp_path / "a", pruned(model), packed=True)
     assert b"experts.3.w2.weight_mask" in (tmp_path / "a" / "model.safetensors").read_bytes()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert same(loaded, model)
@@ -95,25 +101,54 @@ def test_blocks_take_a_bit_each(tmp_path: Path) -> None:
     sizes = []
     for pattern in ("unstructured", "block:16x1"):
         model = gpt2()
-        save_packed(model, tmp_path / pattern[:5], pruned(model, pattern=pattern))
+        save(model, tmp_path / pattern[:5], pruned(model, pattern=pattern), packed=True)
         assert same(AutoModelForCausalLM.from_pretrained(tmp_path / pattern[:5]), model)
         sizes.append((tmp_path / pattern[:5] / "model.safetensors").stat().st_size)
     num_prunable = 2 * 12 * 64 * 64
     assert sizes[0] - sizes[1] > 0.8 * num_prunable * 0.469 / 8 * 15 / 16
 
 
-def test_without_the_reader_it_fails_loudly(tmp_path: Path) -> None:
+CHILD = """
+import hashlib, sys
+{first}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({folder!r}{trust})
+assert ("gap_hf" in sys.modules) == {imported}
+digest = hashlib.sha256()
+for name, tensor in sorted(model.state_dict().items()):
+    digest.update(name.encode() + tensor.numpy().tobytes())
+print(digest.hexdigest())
+{last}
+"""
+
+
+@pytest.mark.parametrize("way", ["import", "trust", "both", "import last", "neither"])
+def test_every_way_to_load_gives_the_same_bits_or_a_loud_error(tmp_path: Path, way: str) -> None:
     model = gpt2()
-    save_packed(model, tmp_path, pruned(model))
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r}); print('LOADED')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.returncode != 0 and "LOADED" not in run.stdout
-    assert "size" in run.stderr or "shape" in run.stderr
+    save(model, tmp_path / "packed", pruned(model), packed=True)
+    model.save_pretrained(tmp_path / "dense")
+    code = CHILD.format(
+        folder=str(tmp_path / "packed"),
+        first="import gap_hf" if way in ("import", "both") else "",
+        last="import gap_hf" if way == "import last" else "",
+        trust=", trust_remote_code=True" if way in ("trust", "both", "import last") else "",
+        imported=way in ("import", "both"),
+    )
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    if way == "neither":
+        assert run.returncode != 0 and not run.stdout and "size" in run.stderr, run.stderr
+        return
+    assert run.returncode == 0, run.stderr
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert run.stdout.split()[-1] == digest.hexdigest()
 
 
 def test_a_changed_file_is_refused_before_anything_is_used(tmp_path: Path) -> None:
     model = gpt2()
-    save_packed(model, tmp_path / "a", pruned(model), max_shard_size="100KB")
+    save(model, tmp_path / "a", pruned(model), max_shard_size="100KB", packed=True)
     shard = sorted((tmp_path / "a").glob("*.safetensors"))[0].name
 
     def damaged(name: str) -> Path:
@@ -145,10 +180,10 @@ def test_masks_that_are_not_the_models_are_refused_and_nothing_is_written(tmp_pa
     model = gpt2()
     name = "transformer.h.0.mlp.c_fc.weight"
     weight = model.get_parameter(name)
-    with pytest.raises(GaPError, match="a masked weight is not 0"):
-        save_packed(model, tmp_path / "x", {name: torch.zeros_like(weight)})
+    with pytest.raises(GaPError, match="16384 masked weights that are not 0"):
+        save(model, tmp_path / "x", {name: torch.zeros_like(weight)}, packed=True)
     with pytest.raises(GaPError, match=r"c_fx.*c_fc"):
-        save_packed(model, tmp_path / "x", {name.replace("c_fc", "c_fx"): torch.ones_like(weight)})
+        save(model, tmp_path / "x", {name.replace("c_fc", "c_fx"): torch.ones_like(weight)}, packed=True)
     with pytest.raises(GaPError, match="expected \\(64, 256\\)"):
-        save_packed(model, tmp_path / "x", {name: torch.ones(3)})
+        save(model, tmp_path / "x", {name: torch.ones(3)}, packed=True)
     assert list(tmp_path.iterdir()) == []

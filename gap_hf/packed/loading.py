@@ -1,6 +1,7 @@
 """Loading the packed form through transformers' own `from_pretrained`: a quantizer that unpacks, and then is gone.
 
-Importing this registers it. The model that comes out is an ordinary dense one: it trains, and saves as any other does.
+Importing this registers it. The model that comes out is an ordinary dense one: it trains, and saves as any other does. A copy
+lies in every packed folder, for ``trust_remote_code=True``, so of gap_hf it may import `gap_hf.packed.layout` alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -200,18 +201,16 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def pack_state(tensors: Mapping[str, Tensor], packed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """What goes into a file: `packed` tensors as two, the others as they are."""
-    out: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if key in packed:
-            out[key], out[key + SUFFIX] = packed[key]
-        else:
-            out[key] = tensor
-    return out
+class PackedAutoConfig(PreTrainedConfig):
+    """What config.json names under ``auto_map``: to have been imported is all that it is for."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The model's own config, from where this one was asked for."""
+        return AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
 
 
-# A model's own reader may have come first, by trust_remote_code.
+# The other of the two, gap_hf's and the copy in a model's folder, may have come first; transformers refuses a second one.
 with contextlib.suppress(ValueError):
     register_quantization_config(METHOD)(PackedConfig)
 with contextlib.suppress(ValueError):

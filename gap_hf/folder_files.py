@@ -1,0 +1,154 @@
+"""The files of a saved model's folder: which form it has, its weights, and how it is replaced as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gap_hf import checkpoint
+from gap_hf.errors import GaPError
+from gap_hf.packed.layout import PackedError, unpack
+from gap_hf.packed.loading import METHOD, SUFFIX, PackedConfig, check_files, packed_keys
+from gap_hf.packed.reader_files import LAYOUT, READER
+
+CONFIG = "config.json"
+READER_FILES = (READER, LAYOUT)
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether config.json says that the weights are packed.
+
+    Raises:
+        GaPError: if there is no config.json that can be read.
+    """
+    found = read_config(folder).get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json.
+
+    Raises:
+        GaPError: if it is missing or not a JSON object.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GaPError(f"{folder}: has no {CONFIG}; expected the folder of a saved model") from None
+    except ValueError as error:
+        raise GaPError(f"{folder / CONFIG}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise GaPError(f"{folder / CONFIG}: holds {type(config).__name__}, expected an object")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files, in order of name; those of masks and of P-GaP's workers are none.
+
+    Raises:
+        GaPError: if there are none.
+    """
+    files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("gap_", "."))]
+    if not files:
+        raise GaPError(f"{folder}: has no safetensors weights; expected model.safetensors or its shards")
+    return files
+
+
+@contextmanager
+def one_sentence(path: Path) -> Iterator[None]:
+    """What a reader says of a file, as an error that names it."""
+    try:
+        yield
+    except (PackedError, SafetensorError) as error:
+        raise GaPError(f"{path}: {error}") from None
+
+
+def check_packed(folder: Path) -> PackedConfig:
+    """Compare every weight file with what config.json records.
+
+    Raises:
+        GaPError: if the folder is not packed, or a file is missing, one too many, or changed.
+    """
+    if not is_packed(folder):
+        raise GaPError(f"{folder}: is not packed; {CONFIG} has no quantization_config of gap_hf")
+    recorded = {k: v for k, v in read_config(folder)["quantization_config"].items() if k != "quant_method"}
+    config = PackedConfig(**recorded)
+    with one_sentence(folder):
+        check_files(weight_files(folder), config)
+    return config
+
+
+def unpacked(path: Path) -> Iterator[tuple[str, Tensor]]:
+    keys = packed_keys(path)
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if key in keys:
+                try:
+                    yield key, unpack(file.get_tensor(key), file.get_tensor(key + SUFFIX))
+                except PackedError as error:
+                    raise PackedError(f"'{key}': {error}") from None
+            elif not (key.endswith(SUFFIX) and key.removesuffix(SUFFIX) in keys):
+                yield key, file.get_tensor(key)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files, if all goes well, replace those of the same name in `folder` and its weights."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        made = Path(scratch) / "new"
+        made.mkdir()
+        yield made
+        folder.mkdir(exist_ok=True)
+        stale = [*folder.glob("model*.safetensors*"), folder / checkpoint.MASKS_NAME, folder / checkpoint.CONFIG_NAME]
+        for path in (*stale, *(folder / name for name in READER_FILES)):
+            path.unlink(missing_ok=True)
+        for path in made.iterdir():
+            os.replace(path, folder / path.name)
+
+
+def copy(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy2(path, target / path.name)
+
+
+def keys_of(path: Path) -> list[str]:
+    with one_sentence(path), safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def fix_index(folder: Path) -> None:
+    """Name the tensors that there are now in a sharded model's index, and count their bytes."""
+    for path in folder.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = weight_files(folder)
+        index["weight_map"] = {key: file.name for file in files for key in keys_of(file)}
+        index["metadata"]["total_size"] = sum(file.stat().st_size for file in files)
+        write_json(path, index)
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

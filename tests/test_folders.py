@@ -1,0 +1,146 @@
+"""From one form of a folder to the other and back, and what verify finds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_saving import gpt2, mixtral, pruned, same
+from transformers import AutoModelForCausalLM
+
+import gap_hf.checkpoint
+from gap_hf import GaPError, save_pretrained
+from gap_hf.folders import pack_folder, unpack_folder
+from gap_hf.recorded import load_masks, verify_folder
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("model*.safetensors"))}
+
+
+@pytest.mark.parametrize("shards", ["50GB", "100KB"])
+def test_there_and_back_again(tmp_path: Path, shards: str) -> None:
+    model = gpt2()
+    sparsifier = pruned(model)
+    save_pretrained(model, tmp_path / "dense", sparsifier, max_shard_size=shards)
+    (tmp_path / "dense" / "README.md").write_text("a card")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    assert (tmp_path / "packed" / "README.md").read_text() == "a card"
+    save_pretrained(model, tmp_path / "straight", sparsifier, packed=True, max_shard_size=shards)
+    assert weights(tmp_path / "packed") == weights(tmp_path / "straight")
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    assert weights(tmp_path / "back") == weights(tmp_path / "dense")
+    assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in (tmp_path / "dense").iterdir()}
+    config, back = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("dense", "back"))
+    assert config == back
+    # It is a checkpoint as before, but for the masks of earlier prunes.
+    before, after = (gap_hf.checkpoint.load(tmp_path / d) for d in ("dense", "back"))
+    assert before.config == after.config and before.plan == after.plan
+    assert all(torch.equal(m, after.masks[n]) for n, m in before.masks.items() if m is not None)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "back"), model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", [gpt2, mixtral], ids=["gpt2", "mixtral"])
+def test_masks_come_back_by_parameter(tmp_path: Path, packed: bool, make) -> None:
+    model = make()
+    sparsifier = pruned(model)
+    save_pretrained(model, tmp_path, sparsifier, packed=packed)
+    masks = load_masks(tmp_path)
+    assert masks.keys() == set(sparsifier.weights)
+    for name, mask in masks.items():
+        assert mask.dtype == torch.uint8 and torch.equal(mask, sparsifier.masks[name]), name
+
+
+def test_masks_without_a_run(tmp_path: Path) -> None:
+    model = gpt2()
+    name = "transformer.h.0.mlp.c_fc.weight"
+    weight = model.get_parameter(name)
+    mask = torch.zeros(weight.shape, dtype=torch.bool)
+    mask[::3] = True
+    with torch.no_grad():
+        weight.masked_fill_(~mask, 0)
+    for packed in (False, True):
+        save_pretrained(model, tmp_path, {name: mask}, packed=packed)
+        assert list(load_masks(tmp_path)) == [name]
+        assert torch.equal(load_masks(tmp_path)[name], mask.to(torch.uint8))
+        assert verify_folder(tmp_path)["live"] == int(mask.sum())
+        assert (tmp_path / "gap_masks.safetensors").exists() != packed  # nothing of the other form is left
+        assert (tmp_path / "gap_hf_packed.py").exists() == packed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_verify_says_what_there_is(tmp_path: Path, packed: bool) -> None:
+    model = gpt2()
+    sparsifier = pruned(model)
+    save_pretrained(model, tmp_path, sparsifier, packed=packed)
+    found = verify_folder(tmp_path)
+    assert found["form"] == ("packed" if packed else "dense")
+    assert found["tensors"] == len(sparsifier.weights) == 8
+    assert found["weights"] == 2 * 12 * 64 * 64
+    assert found["live"] == sum(sparsifier.masks.live(n) for n in sparsifier.weights)
+
+
+def test_verify_finds_a_masked_weight_that_is_not_zero(tmp_path: Path) -> None:
+    model = gpt2()
+    save_pretrained(model, tmp_path, pruned(model))
+    tensors = load_file(tmp_path / "model.safetensors")
+    weight = tensors["transformer.h.1.attn.c_attn.weight"]
+    weight[weight == 0] = torch.where(torch.arange(int((weight == 0).sum())) == 5, 1e-30, 0.0)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GaPError, match=r"h\.1\.attn\.c_attn\.weight' has 1 masked weights that are not 0"):
+        verify_folder(tmp_path)
+    with pytest.raises(GaPError, match=r"h\.1\.attn\.c_attn\.weight': a masked weight is not 0"):
+        pack_folder(tmp_path, tmp_path.parent / "packed")
+    assert not (tmp_path.parent / "packed").exists()
+
+
+def test_verify_and_unpack_refuse_a_changed_file(tmp_path: Path) -> None:
+    model = gpt2()
+    save_pretrained(model, tmp_path / "a", pruned(model), packed=True)
+    path = tmp_path / "a" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    for call in (verify_folder, load_masks, lambda f: unpack_folder(f, tmp_path / "b")):
+        with pytest.raises(GaPError, match=r"SHA-256 is not what config\.json records"):
+            call(tmp_path / "a")
+    assert not (tmp_path / "b").exists()
+
+
+def test_zeros_may_be_taken_for_masks_if_that_is_said(tmp_path: Path) -> None:
+    model = gpt2()
+    pruned(model)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(GaPError, match=r"has no gap_config.json"):
+        pack_folder(tmp_path / "plain", tmp_path / "packed")
+    pack_folder(tmp_path / "plain", tmp_path / "packed", from_zeros=True)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model)
+    assert len(load_masks(tmp_path / "packed")) == 8
+    assert verify_folder(tmp_path / "packed")["form"] == "packed"
+
+
+def test_what_cannot_be_packed_or_unpacked(tmp_path: Path) -> None:
+    model = gpt2()
+    save_pretrained(model, tmp_path / "dense", pruned(model))
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    with pytest.raises(GaPError, match="is packed already"):
+        pack_folder(tmp_path / "packed", tmp_path / "x")
+    with pytest.raises(GaPError, match="is not packed"):
+        unpack_folder(tmp_path / "dense", tmp_path / "x")
+    with pytest.raises(GaPError, match=r"has no config.json"):
+        verify_folder(tmp_path)
+    experts = mixtral()
+    save_pretrained(experts, tmp_path / "experts", pruned(experts))
+    with pytest.raises(GaPError, match=r"under another name; load the model and call gap_hf.save_pretrained"):
+        pack_folder(tmp_path / "experts", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    shutil.rmtree(tmp_path / "packed")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "config.json").write_text("[]")
+    with pytest.raises(GaPError, match="holds list, expected an object"):
+        verify_folder(tmp_path / "packed")
