@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import gap_hf.checkpoint
 from gap_hf import GaPError, save_pretrained
+from gap_hf.cli import main
 from gap_hf.folders import pack_folder, unpack_folder
 from gap_hf.recorded import load_masks, verify_folder
 
@@ -144,3 +145,45 @@ def test_what_cannot_be_packed_or_unpacked(tmp_path: Path) -> None:
     (tmp_path / "packed" / "config.json").write_text("[]")
     with pytest.raises(GaPError, match="holds list, expected an object"):
         verify_folder(tmp_path / "packed")
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = gpt2()
+    save_pretrained(model, tmp_path / "dense", pruned(model))
+    dense, packed, back = (str(tmp_path / name) for name in ("dense", "packed", "back"))
+    assert main(["pack", dense, packed]) == 0
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("dense", "packed")]
+    assert f"{sizes[1]:,} bytes, {sizes[1] / sizes[0]:.3f} of that" in capsys.readouterr().out
+    assert main(["unpack", packed, back]) == 0
+    capsys.readouterr()
+    for folder in (dense, packed, back):
+        assert main(["verify", folder]) == 0
+        assert "8 masked tensors, 98,304 weights in them, 9,830 live (90.00% are zero)" in capsys.readouterr().out
+    assert main(["verify", packed, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"form": "packed", "tensors": 8, "weights": 98304, "live": 9830}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["pack", "nowhere", "x"], "nowhere: is no folder"),
+        (["pack", "dense", "dense"], "dense: is the folder that is read"),
+        (["pack", "dense", "dense/config.json"], "config.json: is a file"),
+        (["unpack", "dense", "x"], "dense: is not packed"),
+        (["verify", "nowhere"], "nowhere: is no folder"),
+    ],
+)
+def test_what_the_commands_refuse(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    message: str,
+) -> None:
+    model = gpt2()
+    save_pretrained(model, tmp_path / "dense", pruned(model))
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2  # one line, after the progress that saving shows
+    assert not (tmp_path / "x").exists()

@@ -16,6 +16,7 @@ _TARGETS = {"errors", "config", "shards", "targets"}
 _MASKS = {"largest", "patterns", "masks", "optimizer_state"}
 _REPLICAS = {"distributed", "merging", "replica", "workers"}
 _CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"} | _REPLICAS
+_FOLDERS = {"packed", "folder_files", "recorded", "folders", "saving"}
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -58,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recorded": {"errors", "checkpoint", "packed", "folder_files"},
     "folders": {"errors", "config", "checkpoint", "packed", "folder_files", "recorded"},
     "saving": _CORE | {"checkpoint", "folder_files", "folders"},
-    "commands": _CORE | _FILES | {"trainer", "commands"},
+    "commands": _CORE | _FILES | _FOLDERS | {"trainer", "commands"},
     "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
