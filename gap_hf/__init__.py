@@ -4,6 +4,7 @@ from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.partition import make_partition
 from gap_hf.plan import Plan, make_plan
+from gap_hf.recorded import load_masks
 from gap_hf.saving import save_pretrained
 from gap_hf.sparsifier import Sparsifier
 from gap_hf.targets import find_targets
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "Sparsifier",
     "find_targets",
+    "load_masks",
     "make_partition",
     "make_plan",
     "save_pretrained",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.shards import Part, local, part_of, total_counts
 
 
@@ -55,6 +55,27 @@ class Masks:
         count = param.numel() if mask is None else int(mask.sum())
         self._live[name] = total_counts([count], [self.parts[name]])[0]
         self._sparse = [(self.params[n], m) for n, m in self._masks.items() if m is not None]
+
+    def adopted(self, given: Masks | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Masks of an earlier run for these weights, as the parts that lie here.
+
+        Args:
+            given: Of the same weights on the same processes; or, by name, of whole weights, where not 0 is live.
+
+        Raises:
+            GaPError: if one is of no prunable weight, or of another shape.
+        """
+        if given is None or isinstance(given, Masks):
+            return {} if given is None else {n: m for n in self if (m := given[n]) is not None}
+        out = {}
+        for name, mask in given.items():
+            if name not in self.params:
+                raise GaPError(f"masks: '{name}' is no prunable weight here{did_you_mean(name, self.params)}")
+            part = self.parts[name]
+            if tuple(mask.shape) != tuple(part.shape):
+                raise GaPError(f"masks: '{name}' has shape {tuple(mask.shape)}, expected {tuple(part.shape)}")
+            out[name] = part.cut((mask != 0).to(torch.uint8))
+        return out
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:

@@ -13,16 +13,29 @@ from torch import Tensor
 from gap_hf import checkpoint
 from gap_hf.errors import GaPError
 from gap_hf.folder_files import check_packed, is_packed, one_sentence, unpacked, weight_files
+from gap_hf.hub import fetch
 from gap_hf.packed.layout import dense_mask
 from gap_hf.packed.loading import SUFFIX, packed_keys
 
 
-def load_masks(folder: Path) -> dict[str, Tensor]:
-    """Masks by parameter name, uint8, 1 is live, from either form; what was dense has none.
+def load_masks(source: str | Path, *, revision: str | None = None, token: str | None = None) -> dict[str, Tensor]:
+    """Masks of a saved sparse model, from either form, to train on with: ``GaPTrainer(…, gap_masks=load_masks(…))``.
+
+    Args:
+        source: A folder, or a repository's id on the Hub.
+        revision, token: For the Hub.
+
+    Returns:
+        By parameter name, of the parameter's shape, uint8, 1 is live; what was dense has none.
 
     Raises:
-        GaPError: if there are none, or they were changed.
+        GaPError: if there are none, they were changed, or the repository cannot be had.
     """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = fetch(str(source), ("config.json", "gap_config.json", "gap_masks.safetensors"), revision, token)
+        if is_packed(folder):
+            folder = fetch(str(source), ("*.json", "*.safetensors"), revision, token)
     if not is_packed(folder):
         return checkpoint.load_masks(folder).masks
     check_packed(folder)

@@ -33,6 +33,14 @@ def describe(change: Change, plan: Plan) -> str:
     )
 
 
+def unfinished(step: int, plan: Plan, sparsity: float, target: float) -> str:
+    """What to say where training ended before its fine-tune."""
+    return (
+        f"Training ended at step {step}, before the fine-tune that begins at step {plan.fine_tune.start}: the prunable set is at a "
+        f"sparsity of {sparsity:.4f}, not the target of {target:.4g}. Call trainer.prune_to_target(), or set prune_if_stopped."
+    )
+
+
 def _groups(groups: tuple[int, ...]) -> str:
     return f"group{'s' if len(groups) > 1 else ''} {', '.join(str(g + 1) for g in groups)}"
 

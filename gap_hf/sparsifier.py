@@ -94,16 +94,16 @@ class Sparsifier:
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
-    def start(self, *, masks: Masks | None = None) -> Change:
+    def start(self, *, masks: Masks | Mapping[str, Tensor] | None = None) -> Change:
         """Give every group its first masks, those of its first level: none for a group that starts dense.
 
         Args:
-            masks: Those of an earlier run on the same weights; they are kept where they exist and trained dense
-                tensors are pruned by magnitude, because random masks would destroy what was learned.
+            masks: Those of an earlier run on the same weights, such as `gap_hf.load_masks` gives; they are kept where they exist
+                and other tensors are pruned by magnitude, because random masks would destroy what was learned.
         """
         self.phase, self.step = self.plan.phases[0], 0
         self.levels, self.num_done = list(self.plan.first_levels), 0
-        earlier = {n: m for n in self.weights if masks is not None and (m := masks[n]) is not None}
+        earlier = self.masks.adopted(masks)
         for group, level in zip(self.groups, self.levels, strict=True):
             fresh = [n for n in group.names if n not in earlier]
             for name in group.names:

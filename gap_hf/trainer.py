@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -29,7 +29,7 @@ from gap_hf.plan import Plan
 from gap_hf.planning import plan_for
 from gap_hf.reduction import GradientReducer, attach
 from gap_hf.refusals import check_arguments, check_model, check_setup
-from gap_hf.report import describe
+from gap_hf.report import describe, unfinished
 from gap_hf.sparsifier import Sparsifier
 from gap_hf.workers import OneWorker, ProcessWorkers, SequentialWorkers
 
@@ -52,6 +52,7 @@ class GaPMixin(_Base):
 
     Args:
         gap_config: A `GaPConfig`, a mapping of its keys, or None for plain Trainer.
+        gap_masks: First masks by parameter name, such as `gap_hf.load_masks` gives for a sparse model that is trained on.
         *args, **kwargs: As the Trainer takes them.
 
     Attributes:
@@ -63,11 +64,18 @@ class GaPMixin(_Base):
             before the output folder is made.
     """
 
-    def __init__(self, *args: Any, gap_config: GaPConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        gap_config: GaPConfig | Mapping[str, Any] | None = None,
+        gap_masks: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if gap_config is not None and not isinstance(gap_config, GaPConfig):
             gap_config = GaPConfig.from_dict(gap_config)
         self.gap_config = gap_config
         self.gap: Sparsifier | None = None
+        self._gap_masks = gap_masks
         self._gap_resume: tuple[str, checkpoint.GaPState] | None = None
         self._gap_started: Change | None = None
         self._gap_reducer: GradientReducer | None = None
@@ -204,7 +212,9 @@ class GaPMixin(_Base):
             )
         error = self.gap.prune_to_target()
         if error is not None:
-            self._gap_say(f"pruned what was dense, without training after it (error {error:.4f}): {_share(self.gap)}")
+            self._gap_say(
+                f"pruned what was dense, without training after it (error {error:.4f}): the prunable set is at a sparsity of {self.gap.sparsity():.4f}"
+            )
 
     def _gap_plan(self, total_steps: int) -> Plan:
         """The plan of this run; a resumed one keeps its own, with a fine-tune that ends where training ends."""
@@ -239,7 +249,7 @@ class GaPMixin(_Base):
             assert self._gap_reducer is not None, "P-GaP over processes trains one DDP module"
             self.gap.workers.switch = self._gap_reducer.switch
         if self._gap_resume is None:
-            self._gap_started = self.gap.start(masks=old.masks if old else None)
+            self._gap_started = self.gap.start(masks=old.masks if old else self._gap_masks)
             return
         path, state = self._gap_resume
         checkpoint.check_same_weights(state, self.gap, path)
@@ -305,14 +315,7 @@ class GaPMixin(_Base):
         if self._gap_on_config.prune_if_stopped:
             self.prune_to_target()
             return
-        logger.warning(
-            "Training ended at step %d, before the fine-tune that begins at step %d: %s, not the target of %.4g. Call "
-            "trainer.prune_to_target(), or set prune_if_stopped.",
-            self.state.global_step,
-            gap.plan.fine_tune.start,
-            _share(gap),
-            float(self._gap_on_config.target),
-        )
+        logger.warning(unfinished(self.state.global_step, gap.plan, gap.sparsity(), float(self._gap_on_config.target)))
 
     def _gap_report(self, change: Change) -> None:
         """One record in the log for each change, and a line on the screen where a phase begins; all processes agree on it."""
@@ -342,7 +345,3 @@ class GaPTrainer(GaPMixin, Trainer):
 
 class GaPSeq2SeqTrainer(GaPMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with scheduled grow-and-prune; see `GaPMixin` for what it adds."""
-
-
-def _share(gap: Sparsifier) -> str:
-    return f"the prunable set is at a sparsity of {gap.sparsity():.4f}"

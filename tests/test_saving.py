@@ -12,9 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from toys import Tokens, causal_lm
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainingArguments,
+)
 
-from gap_hf import GaPConfig, GaPError, Sparsifier
+from gap_hf import GaPConfig, GaPError, GaPTrainer, Sparsifier, load_masks
 from gap_hf import save_pretrained as save
 from gap_hf.packed.layout import PackedError
 
@@ -187,3 +195,48 @@ def test_masks_that_are_not_the_models_are_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(GaPError, match="expected \\(64, 256\\)"):
         save(model, tmp_path / "x", {name: torch.ones(3)}, packed=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_come_back_for_training(tmp_path: Path, packed: bool) -> None:
+    model = causal_lm()
+    before = pruned(model)
+    name = next(iter(before.weights))
+    with torch.no_grad():  # a live weight that happens to be 0 stays live, which no look at the zeros could tell
+        live = before.masks[name].nonzero()[0]
+        model.get_parameter(name)[tuple(live)] = 0
+    save(model, tmp_path / "saved", before, packed=packed)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    args = TrainingArguments(
+        tmp_path / "out", max_steps=4, per_device_train_batch_size=4, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    config = GaPConfig(sparsity=0.9, method="static")
+    masks = load_masks(tmp_path / "saved")
+    trainer = GaPTrainer(model=loaded, args=args, train_dataset=Tokens(), gap_config=config, gap_masks=masks)
+    trainer.train()
+    assert trainer.gap is not None
+    for name in before.weights:
+        assert torch.equal(trainer.gap.masks[name], before.masks[name])
+        weight = loaded.get_parameter(name)
+        assert not weight[before.masks[name] == 0].any()
+        assert not torch.equal(weight, model.get_parameter(name))
+
+
+def test_masks_of_another_model_are_refused_for_training() -> None:
+    model = causal_lm()
+    sparsifier = Sparsifier(model, GaPConfig(sparsity=0.9, method="static"), total_steps=4)
+    name = next(iter(sparsifier.weights))
+    with pytest.raises(GaPError, match=r"c_attm.* is no prunable weight here.*c_attn"):
+        sparsifier.start(masks={name.replace("c_attn", "c_attm"): torch.ones(3)})
+    with pytest.raises(GaPError, match=r"has shape \(3,\), expected \(16, 48\)"):
+        sparsifier.start(masks={name: torch.ones(3)})
+
+
+def test_a_repository_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GaPError, match=r"^no/such/place: is no folder, and no repository's id"):
+        load_masks("no/such/place")
+    monkeypatch.setattr("gap_hf.hub.snapshot_download", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(
+        GaPError, match=r"^user/model: is no folder here, and the Hub does not give it: division by zero$"
+    ):
+        load_masks("user/model")
