@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication scaling-docs clean
+.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication bench-format scaling-docs clean
 .PHONY: bench-quality-tiny bench-quality-small bench-quality-gpu quality-report
 
 demo: $(VENV)/.demo  ## train a sparse English-German translator from nothing
@@ -32,6 +32,9 @@ bench-overhead: $(VENV)/.bench  ## cost of a GaPTrainer step against Trainer's: 
 
 bench-communication: $(VENV)/.bench  ## bytes and time of DDP with live gradients alone, and its cost model
 	$(BIN)/python benchmarks/communication.py
+
+bench-format: $(VENV)/.bench  ## bytes, load time and memory of the packed form, beside the dense file and zstd
+	$(BIN)/python benchmarks/format.py
 
 scaling-docs: $(VENV)/.bench  ## the numbers in docs/scaling.md, from what was recorded
 	$(BIN)/python benchmarks/communication.py --table --into docs/scaling.md

@@ -164,10 +164,12 @@ def _places_of_gaps(payload: np.ndarray, header: MaskHeader, expected: int) -> n
     # The end counts as one more live block, so that the gaps have to add up to the whole grid.
     gaps = _inflate(payload, expected + 1 + header.num_blocks // _SKIP)
     marks = gaps != _SKIP
-    ends = np.cumsum(gaps.astype(np.int64) + marks)
-    if not gaps.size or not marks[-1] or ends[-1] != header.num_blocks + 1:
+    places = np.cumsum(gaps, dtype=np.int64)
+    places += np.cumsum(marks, dtype=np.int64)
+    places -= 1
+    if not gaps.size or not marks[-1] or places[-1] != header.num_blocks:
         raise PackedError(f"the mask's gaps do not add up to its {header.num_blocks} blocks")
-    return ends[marks][:-1] - 1
+    return places[:-1] if marks.all() else places[marks][:-1]
 
 
 def _inflate(payload: np.ndarray, most: int) -> np.ndarray:
