@@ -34,7 +34,7 @@ import torch
 import transformers
 import zstandard
 from safetensors import safe_open
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gap_hf import GaPConfig, Sparsifier, save_pretrained
 from gap_hf.packed import layout
@@ -89,9 +89,10 @@ def main() -> None:
 def pruned(args: argparse.Namespace, pattern: str, sparsity: float, dtype: torch.dtype) -> tuple[Any, Sparsifier]:
     torch.manual_seed(0)
     sizes = {"n_layer": args.layers, "n_embd": args.width, "n_head": args.width // 64, "vocab_size": 4096}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=256, bos_token_id=0, eos_token_id=1)).to(dtype=dtype)
-    config = GaPConfig(sparsity=sparsity, pattern=pattern, method="oneshot", initial_mask="magnitude")
-    sparsifier = Sparsifier(model, config, total_steps=4)
+    config = GPT2Config(**sizes, n_positions=256, bos_token_id=0, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    gap = GaPConfig(sparsity=sparsity, pattern=pattern, method="oneshot", initial_mask="magnitude")
+    sparsifier = Sparsifier(model, gap, total_steps=4)
     sparsifier.start()
     sparsifier.prune_to_target()
     return model, sparsifier
