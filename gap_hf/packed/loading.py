@@ -169,8 +169,11 @@ class PackedQuantizer(HfQuantizer):
         for converter in weight_conversions:
             sources = getattr(converter, "_original_source_patterns", [])
             if isinstance(converter, WeightConverter) and any(_plain(s).endswith(tuple(leaves)) for s in sources):
-                both = [*sources, *[f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]]
-                copy = WeightConverter(both, converter._original_target_patterns, [Unpack(), *converter.operations])
+                # Masks first: a pattern without an end, as transformers 5.17 has them, would match both.
+                masks = [f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]
+                copy = WeightConverter(
+                    [*masks, *sources], converter._original_target_patterns, [Unpack(), *converter.operations]
+                )
                 copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
                 self._originals[id(copy)] = converter
                 converter = copy
