@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gap_hf.commands import pack, plan, unpack, verify
+from gap_hf.commands import pack, plan, push, unpack, verify
 from gap_hf.errors import GaPError
 
-COMMANDS = (plan, pack, unpack, verify)
+COMMANDS = (plan, pack, unpack, verify, push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
 from gap_hf.plan import Plan
 from gap_hf.planning import plan_for
+from gap_hf.publishing import HubMixin
 from gap_hf.reduction import GradientReducer, attach
 from gap_hf.refusals import check_arguments, check_model, check_setup
 from gap_hf.report import describe, unfinished
@@ -39,11 +40,8 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from gap_hf.zero import ZeroState
 
-# For a type checker the mixin is a Trainer; at run time it stands before one.
-_Base = Trainer if TYPE_CHECKING else object
 
-
-class GaPMixin(_Base):
+class GaPMixin(HubMixin):
     """Adds scheduled grow-and-prune to any Trainer subclass: ``class MyTrainer(GaPMixin, SFTTrainer): ...``.
 
     Under FSDP version 2 masks are sharded as weights are (`gap_hf.shards`), and `save_model` is for all ranks, as Trainer's own

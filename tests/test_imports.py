@@ -16,7 +16,7 @@ _TARGETS = {"errors", "config", "shards", "targets"}
 _MASKS = {"largest", "patterns", "masks", "optimizer_state"}
 _REPLICAS = {"distributed", "merging", "replica", "workers"}
 _CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"} | _REPLICAS
-_FOLDERS = {"hub", "packed", "folder_files", "recorded", "folders", "saving"}
+_FOLDERS = {"hub", "uploads", "packed", "folder_files", "recorded", "folders", "saving"}
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -53,13 +53,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zero": _CORE,
     "refusals": _CORE | {"shards"},
     "callback": set(),
-    "trainer": _CORE | _FILES | {"callback", "reduction", "refusals", "zero"},
+    "trainer": _CORE | _FILES | {"callback", "publishing", "reduction", "refusals", "zero"},
     "packed": {"errors", "packed"},
     "folder_files": {"errors", "checkpoint", "packed"},
     "hub": {"errors"},
     "recorded": {"errors", "checkpoint", "packed", "folder_files", "hub"},
     "folders": {"errors", "config", "checkpoint", "packed", "folder_files", "recorded"},
     "saving": _CORE | {"checkpoint", "folder_files", "folders"},
+    "uploads": {"errors", "checkpoint", "packed"},
+    "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads"},
     "commands": _CORE | _FILES | _FOLDERS | {"trainer", "commands"},
     "cli": {"errors", "commands"},
 }
