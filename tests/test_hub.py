@@ -157,7 +157,10 @@ def test_a_trainers_pushes_in_every_way_load_to_the_bit(hub: Hub, tmp_path: Path
             assert len(result) < 64, result
         else:
             assert result == digests[repo], (repo, trust)
-    with_it = child(hub, tmp_path, "import gap_hf" + LOAD.format(repos=dense + packed, imported=True))
+    code = (
+        "import gap_hf" + LOAD.format(repos=dense + packed, imported=True) + MASKS.format(repos=[dense[0], packed[1]])
+    )
+    *with_it, one, other = child(hub, tmp_path, code)
     assert one[1:] == other[1:] and int(one[1]) > 0  # the live weights of a dense repository and of a packed one
     assert [(repo, result) for repo, _, result in with_it] == 2 * [(r, digests[r]) for r in dense + packed]
 
