@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from gap_hf.commands import pack, plan, push, unpack, verify
 from gap_hf.errors import GaPError
 
-COMMANDS = (plan, pack, unpack, verify, push)
+# A module of gap_hf.commands each, imported if it is the one that is wanted: some need no torch, which takes seconds.
+COMMANDS = {
+    "plan": "print targets, groups, phases and cost of a recipe, before any training",
+    "pack": "write a sparse model in the packed form: live values and a coded bit per weight",
+    "unpack": "write a packed model as ordinary safetensors with zeros, and its masks beside them",
+    "verify": "check digests, counts, and that every masked weight is exactly 0",
+    "push": "verify a sparse model's folder and publish it on the Hub, in either form",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, or 2 for bad input, which is one line on stderr."""
     parser = argparse.ArgumentParser(prog="gap-hf", description="Tools for sparse training by grow-and-prune.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in COMMANDS:
-        command.add(commands)
+    words = sys.argv[1:] if argv is None else argv
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    for name, what in COMMANDS.items():
+        command = commands.add_parser(name, help=what)
+        if name == wanted:
+            importlib.import_module(f"gap_hf.commands.{name}").add(command)
     # Only some commands take --section.key=value, which argparse does not know; to the others they are errors.
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):

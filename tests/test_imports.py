@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import gap_hf
 
 PACKAGE = Path(__file__).resolve().parent.parent / "gap_hf"
 
@@ -19,6 +23,7 @@ _CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "se
 _FOLDERS = {"hub", "uploads", "packed", "folder_files", "recorded", "folders", "saving"}
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "after_import": set(),
     "errors": set(),
     "checks": {"errors"},
     "config": {"errors", "checks"},
@@ -66,7 +71,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
-NO_TORCH = {"errors", "checks", "config", "coercion", "phases", "ramps", "methods", "plan", "partition", "recipe"}
+NO_TORCH = {
+    "after_import",
+    "cli",
+    "errors",
+    "checks",
+    "config",
+    "coercion",
+    "phases",
+    "ramps",
+    "methods",
+    "plan",
+    "partition",
+    "recipe",
+}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
 
 
@@ -145,5 +163,44 @@ def test_the_table_has_no_cycle() -> None:
 
 
 def test_the_package_itself_only_exports() -> None:
+    """Type checkers see the imports, Python the table, users `__all__`: they are to be the same."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    assert all(isinstance(node, ast.ImportFrom | ast.Assign | ast.Expr) for node in tree.body)
+    (seen,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = {a.name: node.module for node in seen.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert imports == {name: f"gap_hf.{home}" for name, home in gap_hf._HOMES.items()}
+    assert sorted(imports) == gap_hf.__all__
+    for name in gap_hf.__all__:
+        assert getattr(gap_hf, name).__module__ == imports[name]
+    assert set(gap_hf.__all__) <= set(dir(gap_hf))
+    with pytest.raises(AttributeError, match="module 'gap_hf' has no attribute 'GaPTrianer'"):
+        _ = gap_hf.GaPTrianer  # type: ignore[attr-defined]
+
+
+def python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+# What every load imports, with or without gap_hf.
+REGISTERED = "import transformers.modeling_utils; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('gap_hf' in m)"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"import gap_hf\nfrom transformers import AutoModel\nAutoModel.from_pretrained\n{REGISTERED}",
+        f"from transformers import AutoModel\nAutoModel.from_pretrained\nimport gap_hf\n{REGISTERED}",
+        f"import transformers, gap_hf\ntransformers.PreTrainedModel\n{REGISTERED}",
+        f"from gap_hf import GaPTrainer\n{REGISTERED}",
+    ],
+)
+def test_packed_models_load_whichever_library_is_imported_first(code: str) -> None:
+    assert python(code).endswith("True")
+
+
+def test_importing_the_package_imports_nothing_heavy_and_leaves_the_loader_alone() -> None:
+    code = "import gap_hf, sys; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert python(code) == "[]"
+    code = "import gap_hf, transformers.modeling_utils as m, inspect, sys; print(type(m.__loader__).__name__, type(m.__spec__.loader).__name__, len(inspect.getsource(m)) > 1000, [f for f in sys.meta_path if 'gap_hf' in type(f).__module__])"
+    assert python(code).endswith("SourceFileLoader SourceFileLoader True []")

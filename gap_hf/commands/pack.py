@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from gap_hf.errors import GaPError
 from gap_hf.folder_files import weight_files
 from gap_hf.folders import pack_folder
 
 
-def add(commands: Any) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    pack = commands.add_parser(
-        "pack",
-        help="write a sparse model in the packed form: live values and a coded bit per weight",
-        description="Write a folder of a sparse model in the packed form, with everything else that is in it. The result is "
-        "read back with `import gap_hf` or trust_remote_code=True, bit for bit.",
+    parser.description = (
+        "Write a folder of a sparse model in the packed form, with everything else that is in it. The result is "
+        "read back with `import gap_hf` or trust_remote_code=True, bit for bit."
     )
-    pack.add_argument("folder", type=Path, help="a saved model with gap_config.json and gap_masks.safetensors")
-    pack.add_argument("output", type=Path, help="where to write the packed one")
-    pack.add_argument(
+    parser.add_argument("folder", type=Path, help="a saved model with gap_config.json and gap_masks.safetensors")
+    parser.add_argument("output", type=Path, help="where to write the packed one")
+    parser.add_argument(
         "--from-zeros",
         action="store_true",
         help="for a model without recorded masks: take the zeros of every matrix that is half zeros or more for its mask",
     )
-    pack.set_defaults(run=run)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -49,19 +49,17 @@ _TRAINED_TOKENIZER = {
 }
 
 
-def add(commands: Any) -> None:
-    """Declare the command's arguments; `commands` is argparse's, as of every module here."""
-    plan = commands.add_parser(
-        "plan",
-        help="print targets, groups, phases and cost of a recipe, before any training",
-        description="Print what a recipe would train: which weights, in which groups and phases, at which cost. "
-        "--section.key=value overrides the recipe, as in training.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = (
+        "Print what a recipe would train: which weights, in which groups and phases, at which cost. "
+        "--section.key=value overrides the recipe, as in training."
     )
-    plan.add_argument("recipe", type=Path, help="the recipe's YAML file")
-    plan.add_argument("--steps", type=int, help="optimizer steps of the whole run, if the recipe has no max_steps")
-    plan.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch, if the recipe goes by epochs")
-    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    plan.set_defaults(run=run, takes_overrides=True)
+    parser.add_argument("recipe", type=Path, help="the recipe's YAML file")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the whole run, if the recipe has no max_steps")
+    parser.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch, if the recipe goes by epochs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:

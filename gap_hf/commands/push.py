@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -16,24 +15,22 @@ from gap_hf.recorded import verify_folder
 from gap_hf.uploads import create, files_of, publish
 
 
-def add(commands: Any) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    push = commands.add_parser(
-        "push",
-        help="verify a sparse model's folder and publish it on the Hub, in either form",
-        description="Verify a sparse model's folder and publish it on the Hub in one commit, which also takes away the weights and masks "
-        "of an earlier one. What only a resumed run needs (optimizer, random state, training_args.bin) is left out.",
+    parser.description = (
+        "Verify a sparse model's folder and publish it on the Hub in one commit, which also takes away the weights and masks "
+        "of an earlier one. What only a resumed run needs (optimizer, random state, training_args.bin) is left out."
     )
-    push.add_argument("folder", type=Path, help="a saved model with masks, in either form")
-    push.add_argument("repo", help="such as user/model; made if there is none")
-    form = push.add_mutually_exclusive_group()
+    parser.add_argument("folder", type=Path, help="a saved model with masks, in either form")
+    parser.add_argument("repo", help="such as user/model; made if there is none")
+    form = parser.add_mutually_exclusive_group()
     form.add_argument("--packed", action="store_true", help="publish the packed form, whichever the folder has")
     form.add_argument("--dense", action="store_true", help="publish ordinary safetensors with zeros, whichever it has")
-    push.add_argument("--private", action="store_true", help="if the repository is made, make it a private one")
-    push.add_argument("--revision", help="an existing branch; the main one if left out")
-    push.add_argument("--message", default="Upload sparse model", help="of the commit")
-    push.add_argument("--token", help="if left out, that of `hf auth login` or HF_TOKEN")
-    push.set_defaults(run=run)
+    parser.add_argument("--private", action="store_true", help="if the repository is made, make it a private one")
+    parser.add_argument("--revision", help="an existing branch; the main one if left out")
+    parser.add_argument("--message", default="Upload sparse model", help="of the commit")
+    parser.add_argument("--token", help="if left out, that of `hf auth login` or HF_TOKEN")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from gap_hf.commands.pack import print_sizes, refuse_same
 from gap_hf.folders import unpack_folder
 
 
-def add(commands: Any) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    unpack = commands.add_parser(
-        "unpack",
-        help="write a packed model as ordinary safetensors with zeros, and its masks beside them",
-        description="Write a packed model as ordinary safetensors with zeros, which load anywhere, and its masks beside them.",
+    parser.description = (
+        "Write a packed model as ordinary safetensors with zeros, which load anywhere, and its masks beside them."
     )
-    unpack.add_argument("folder", type=Path, help="a packed model")
-    unpack.add_argument("output", type=Path, help="where to write the dense one")
-    unpack.set_defaults(run=run)
+    parser.add_argument("folder", type=Path, help="a packed model")
+    parser.add_argument("output", type=Path, help="where to write the dense one")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from gap_hf.errors import GaPError
 from gap_hf.recorded import verify_folder
 
 
-def add(commands: Any) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    verify = commands.add_parser(
-        "verify",
-        help="check digests, counts, and that every masked weight is exactly 0",
-        description="Check that a sparse model's folder is what it says: digests of its files, counts of its masks, and that every "
-        "masked weight is exactly 0. The exit code is 2 at the first thing that is wrong.",
+    parser.description = (
+        "Check that a sparse model's folder is what it says: digests of its files, counts of its masks, and that every "
+        "masked weight is exactly 0. The exit code is 2 at the first thing that is wrong."
     )
-    verify.add_argument("folder", type=Path, help="a saved model with masks, in either form")
-    verify.add_argument("--json", action="store_true", help="print JSON")
-    verify.set_defaults(run=run)
+    parser.add_argument("folder", type=Path, help="a saved model with masks, in either form")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,10 +10,12 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAGIC = b"GAPM"
 VERSION = 1
@@ -222,6 +224,8 @@ def pack(
     Raises:
         PackedError: if a masked weight is not +0, or the mask is not made of such blocks.
     """
+    import torch  # here and below: those that only read masks do not wait for it
+
     if tuple(mask.shape) != tuple(weight.shape) or not weight.numel():
         raise PackedError(f"the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
     live = (mask.detach().cpu() != 0).numpy()
@@ -270,6 +274,8 @@ def unpack(values: Tensor, blob: Tensor) -> Tensor:
     Raises:
         PackedError: if the two do not belong together, or either is damaged.
     """
+    import torch
+
     bits = blob.detach().cpu().numpy()
     header = parse_mask(bits)
     if values.ndim != 1 or values.numel() != header.count:
