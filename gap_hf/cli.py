@@ -16,6 +16,8 @@ COMMANDS = {
     "pack": "write a sparse model in the packed form: live values and a coded bit per weight",
     "unpack": "write a packed model as ordinary safetensors with zeros, and its masks beside them",
     "verify": "check digests, counts, and that every masked weight is exactly 0",
+    "inspect": "count the zeros of anybody's checkpoint, and tell which patterns they hold to",
+    "diff": "compare two saved models: weights to the bit, and masks",
     "push": "verify a sparse model's folder and publish it on the Hub, in either form",
 }
 

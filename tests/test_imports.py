@@ -20,6 +20,7 @@ _TARGETS = {"errors", "config", "shards", "targets"}
 _MASKS = {"largest", "patterns", "masks", "optimizer_state"}
 _REPLICAS = {"distributed", "merging", "replica", "workers"}
 _CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"} | _REPLICAS
+_STORED = {"stored_model", "inspection", "comparison", "tables"}
 _FOLDERS = {"hub", "uploads", "packed", "folder_files", "recorded", "folders", "saving"}
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -65,9 +66,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recorded": {"errors", "checkpoint", "packed", "folder_files", "hub"},
     "folders": {"errors", "config", "checkpoint", "packed", "folder_files", "recorded"},
     "saving": _CORE | {"checkpoint", "folder_files", "folders"},
+    "tensor_files": {"errors"},
+    "stored_model": {"errors", "hub", "packed", "tensor_files"},
+    "inspection": {"stored_model", "tensor_files"},
+    "comparison": {"stored_model", "tensor_files"},
+    "tables": {"errors"},
     "uploads": {"errors", "checkpoint", "packed"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads"},
-    "commands": _CORE | _FILES | _FOLDERS | {"trainer", "commands"},
+    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands"},
     "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.
