@@ -32,7 +32,20 @@ def layers(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "dtype",
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split(),
+    [
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    ],
 )
 def test_zeros_of_every_dtype(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = torch.tensor([[0.0, 1.0, -0.0, 2.0, 1.0], [1.0, 1.0, 0.0, 1.0, 3.0]]).to(getattr(torch, dtype))
