@@ -199,14 +199,18 @@ def load_masks(folder: str | Path) -> Recorded:
     return Recorded({n: m for n, m in masks.items() if m is not None}, pattern if isinstance(pattern, str) else None)
 
 
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """`gap_config.json` as it is. Raises GaPError if it cannot be read, or says of its weights what cannot be."""
+    return _read_header(Path(folder) / CONFIG_NAME, to_resume=False)
+
+
 def live_counts(folder: str | Path) -> dict[str, int]:
     """Live weights of every tensor with a mask, as `gap_config.json` records them.
 
     Raises:
         GaPError: if it cannot be read.
     """
-    header = _read_header(Path(folder) / CONFIG_NAME, to_resume=False)
-    return {entry["name"]: entry["live"] for entry in header["weights"] if not entry["dense"]}
+    return {entry["name"]: entry["live"] for entry in read_record(folder)["weights"] if not entry["dense"]}
 
 
 def write_masks(folder: str | Path, masks: Mapping[str, Tensor]) -> None:

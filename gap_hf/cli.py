@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "check digests, counts, and that every masked weight is exactly 0",
     "inspect": "count the zeros of anybody's checkpoint, and tell which patterns they hold to",
     "diff": "compare two saved models: weights to the bit, and masks",
+    "card": "write the model card of a sparse model, from what is measured of it",
     "push": "verify a sparse model's folder and publish it on the Hub, in either form",
 }
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gap_hf import checkpoint
+from gap_hf.card_loading import change_form
 from gap_hf.config import Pattern, parse_pattern
 from gap_hf.errors import GaPError
 from gap_hf.folder_files import (
@@ -60,6 +61,7 @@ def pack_in_place(folder: Path, mask_of: Callable[[str, Tensor], Tensor | None],
         config["auto_map"].update(AUTO_MAP)
         write_reader(folder)
     write_json(folder / CONFIG, config)
+    change_form(folder, packed=True)
     if (folder / checkpoint.CONFIG_NAME).is_file():
         header = json.loads((folder / checkpoint.CONFIG_NAME).read_text(encoding="utf-8"))
         header["masks_sha256"] = None  # they are in the weight files
@@ -161,3 +163,4 @@ def unpack_folder(source: Path, target: Path) -> None:
         write_json(made / CONFIG, config | ({"auto_map": auto_map} if auto_map else {}))
         if (made / checkpoint.CONFIG_NAME).is_file():
             checkpoint.write_masks(made, load_masks(source))
+        change_form(made, packed=False)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
+from gap_hf.card import write_card
+from gap_hf.card_facts import facts_of, scores_in
+from gap_hf.card_section import CardOptions
 from gap_hf.errors import GaPError
 from gap_hf.folders import pack_folder
 from gap_hf.saving import save_pretrained
@@ -41,6 +45,7 @@ class HubMixin(_Base):
 
     gap: Sparsifier | None = None
     _gap_hub: HfApi | None = None
+    _gap_saved: Path | None = None  # the checkpoint that is being pushed
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, with one sentence where the Hub refuses.
@@ -107,6 +112,22 @@ class HubMixin(_Base):
         job = self._gap_publish(stage, message, revision, token)
         return job.result() if blocking else job
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's card, and after it gap_hf's section (`gap_hf.card`) with what was measured of the saved model."""
+        super().create_model_card(*args, **kwargs)
+        if self.gap is None or not self.is_world_process_zero():
+            return
+        output = Path(str(self.args.output_dir))
+        try:
+            # A push during training does not wait for its weights to be counted and weighed.
+            facts = facts_of(self._gap_saved or output, measure=self._gap_saved is None)
+            if not facts.scores:
+                scores, split = scores_in(self.state.log_history)
+                facts = replace(facts, scores=scores, split=split)
+            write_card(output, facts, CardOptions(repo=self.hub_model_id))
+        except GaPError as error:  # no reason to lose a run
+            logger.warning("The model card has no section on sparsity: %s", error)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.gap is None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return super()._push_from_checkpoint(checkpoint_folder)
@@ -115,7 +136,11 @@ class HubMixin(_Base):
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         saved = Path(checkpoint_folder)
-        self.create_model_card(model_name=self._gap_model_name())
+        self._gap_saved = saved
+        try:
+            self.create_model_card(model_name=self._gap_model_name())
+        finally:
+            self._gap_saved = None
         stage = self._gap_stage(Path(str(self.args.output_dir)), saved=saved)
         under = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: saved.name}
         if (name := under.get(HubStrategy(self.args.hub_strategy))) is not None:

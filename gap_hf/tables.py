@@ -7,6 +7,8 @@ from pathlib import Path
 
 from gap_hf.errors import GaPError
 
+_MOST_BARS = 60
+
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Columns as wide as they need be; the first `left` of them to the left, the others to the right."""
@@ -31,7 +33,7 @@ def size_text(size: float) -> str:
 
 
 def plot_bars(names: Sequence[str], shares: Sequence[float], path: Path, *, label: str) -> None:
-    """A bar for each name, in order from the top, from 0 to 100 %.
+    """A bar for each name, in order from the top, from 0 to 100 %. Of more than 60 names, only some are written.
 
     Raises:
         GaPError: if matplotlib is not installed or cannot write such a file.
@@ -41,14 +43,15 @@ def plot_bars(names: Sequence[str], shares: Sequence[float], path: Path, *, labe
     except ImportError:
         raise GaPError("plots need matplotlib; install it with: pip install 'gap_hf[report]'") from None
     # A Figure of its own, not pyplot: no window, no global state.
-    figure = Figure(figsize=(9, 1.3 + 0.22 * max(4, len(names))), layout="constrained")
+    every = -(-len(names) // _MOST_BARS)
+    figure = Figure(figsize=(9, 1.3 + 0.22 * min(_MOST_BARS, max(4, len(names)))), layout="constrained")
     axis = figure.subplots()
     axis.barh(range(len(names)), [100 * share for share in shares], color="#0072B2", height=0.7)
-    for place, share in enumerate(shares):
+    for place, share in enumerate(shares if every <= 1 else ()):
         axis.annotate(
             f"{share:.1%}", (100 * share, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7
         )
-    axis.set_yticks(range(len(names)), names, fontsize=7, family="monospace")
+    axis.set_yticks(range(0, len(names), max(1, every)), names[:: max(1, every)], fontsize=7, family="monospace")
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlim(0, 110)
     axis.set_xticks(range(0, 101, 20))

@@ -65,6 +65,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.validated: set[str] = set()
         self.lock = threading.Lock()
         hub = self
 
@@ -153,6 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
     def route(self, path: str, body: bytes) -> tuple[int, dict[str, str], Any]:
         post = json.loads(body) if self.command == "POST" and body[:1] == b"{" and "/commit/" not in path else {}
         if path == "/api/validate-yaml":
+            self.hub.validated.add(post["content"])
             return 200, {}, {"errors": [], "warnings": []}
         if found := re.fullmatch(r"/lfs/(\w+)", path):
             assert hashlib.sha256(body).hexdigest() == found[1]

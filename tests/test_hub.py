@@ -127,6 +127,10 @@ def test_a_trainers_pushes_in_every_way_load_to_the_bit(hub: Hub, tmp_path: Path
                 "packed" if message in ("End of training", "packed again") and "packed" in name else "dense"
             )
             assert {"README.md", "training_args.bin", "gap_config.json"} <= files.keys()
+            # And the Hub was asked whether the card's metadata are valid.
+            card = files["README.md"].decode()
+            assert card in hub.validated and f"**{1 - found['live'] / found['weights']:.2%}** of its prunable" in card
+            assert ("trust_remote_code=True" in card) == (found["form"] == "packed")
             if message.startswith("Training in progress, step "):
                 step = int(message.rpartition(" ")[2])
                 assert json.loads(files["gap_config.json"])["step"] == step

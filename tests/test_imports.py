@@ -21,7 +21,20 @@ _MASKS = {"largest", "patterns", "masks", "optimizer_state"}
 _REPLICAS = {"distributed", "merging", "replica", "workers"}
 _CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"} | _REPLICAS
 _STORED = {"stored_model", "inspection", "comparison", "tables"}
-_FOLDERS = {"hub", "uploads", "packed", "folder_files", "recorded", "folders", "saving"}
+_FOLDERS = {
+    "card",
+    "card_facts",
+    "card_loading",
+    "card_section",
+    "card_speed",
+    "hub",
+    "uploads",
+    "packed",
+    "folder_files",
+    "recorded",
+    "folders",
+    "saving",
+}
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "after_import": set(),
@@ -64,15 +77,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "folder_files": {"errors", "checkpoint", "packed"},
     "hub": {"errors"},
     "recorded": {"errors", "checkpoint", "packed", "folder_files", "hub"},
-    "folders": {"errors", "config", "checkpoint", "packed", "folder_files", "recorded"},
+    "folders": {"errors", "config", "checkpoint", "card_loading", "packed", "folder_files", "recorded"},
     "saving": _CORE | {"checkpoint", "folder_files", "folders"},
     "tensor_files": {"errors"},
     "stored_model": {"errors", "hub", "packed", "tensor_files"},
     "inspection": {"stored_model", "tensor_files"},
     "comparison": {"stored_model", "tensor_files"},
     "tables": {"errors"},
+    "card_facts": {"errors", "checkpoint", "folder_files", "folders", *_STORED},
+    "card_loading": set(),
+    "card_section": {"card_facts", "card_loading", "tables"},
+    "card": {"errors", "card_facts", "card_loading", "card_section", "tables"},
+    "card_speed": {"errors", "folder_files", "packed"},
     "uploads": {"errors", "checkpoint", "packed"},
-    "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads"},
+    "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
     "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands"},
     "cli": {"errors", "commands"},
 }
