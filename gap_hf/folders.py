@@ -61,7 +61,6 @@ def pack_in_place(folder: Path, mask_of: Callable[[str, Tensor], Tensor | None],
         config["auto_map"].update(AUTO_MAP)
         write_reader(folder)
     write_json(folder / CONFIG, config)
-    change_form(folder, packed=True)
     if (folder / checkpoint.CONFIG_NAME).is_file():
         header = json.loads((folder / checkpoint.CONFIG_NAME).read_text(encoding="utf-8"))
         header["masks_sha256"] = None  # they are in the weight files
@@ -100,6 +99,7 @@ def pack_folder(source: Path, target: Path, *, from_zeros: bool = False) -> None
     with replaced(target) as made:
         copy(source, made)
         pack_in_place(made, mask_of, pattern)
+        change_form(made, packed=True)
 
 
 def _pack_file(path: Path, mask_of: Callable[[str, Tensor], Tensor | None], pattern: Pattern | None) -> dict[str, Any]:

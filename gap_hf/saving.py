@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gap_hf import checkpoint
-from gap_hf.config import parse_pattern
+from gap_hf.card_loading import change_form
+from gap_hf.config import Pattern, parse_pattern
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.folder_files import keys_of, replaced, weight_files
 from gap_hf.folders import pack_in_place
@@ -53,23 +54,26 @@ def save_pretrained(
             checkpoint.save(made, masks, step=masks.step)
         else:
             checkpoint.write_masks(made, {n: (mask != 0).to(torch.uint8) for n, mask in sparse.items()})
-        if not packed:
-            return
-        pattern = parse_pattern(masks.config.pattern) if isinstance(masks, Sparsifier) else None
-        # transformers renames and splits masks as it does weights, so that they are under the file's own keys.
-        with tempfile.TemporaryDirectory(dir=made.parent) as bits:
-            params = dict(model.named_parameters())
-            state = {n: (m != 0).to(params[n].device, params[n].dtype) for n, m in sparse.items()}
-            model.save_pretrained(bits, state_dict=state)
-            files = {key: path for path in weight_files(Path(bits)) for key in keys_of(path)}
+        if packed:
+            _pack(model, made, sparse, parse_pattern(masks.config.pattern) if isinstance(masks, Sparsifier) else None)
+    change_form(Path(folder), packed=packed)
 
-            def mask_of(key: str, tensor: Tensor) -> Tensor | None:
-                if key not in files:
-                    return None
-                with safe_open(files[key], "pt") as file:
-                    return file.get_tensor(key)
 
-            pack_in_place(made, mask_of, pattern)
+def _pack(model: PreTrainedModel, made: Path, masks: Mapping[str, Tensor], pattern: Pattern | None) -> None:
+    # transformers renames and splits masks as it does weights, so that they are under the file's own keys.
+    with tempfile.TemporaryDirectory(dir=made.parent) as bits:
+        params = dict(model.named_parameters())
+        state = {n: (m != 0).to(params[n].device, params[n].dtype) for n, m in masks.items()}
+        model.save_pretrained(bits, state_dict=state)
+        files = {key: path for path in weight_files(Path(bits)) for key in keys_of(path)}
+
+        def mask_of(key: str, tensor: Tensor) -> Tensor | None:
+            if key not in files:
+                return None
+            with safe_open(files[key], "pt") as file:
+                return file.get_tensor(key)
+
+        pack_in_place(made, mask_of, pattern)
 
 
 def _check(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:

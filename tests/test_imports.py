@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors"},
     "recorded": {"errors", "checkpoint", "packed", "folder_files", "hub"},
     "folders": {"errors", "config", "checkpoint", "card_loading", "packed", "folder_files", "recorded"},
-    "saving": _CORE | {"checkpoint", "folder_files", "folders"},
+    "saving": _CORE | {"card_loading", "checkpoint", "folder_files", "folders"},
     "tensor_files": {"errors"},
     "stored_model": {"errors", "hub", "packed", "tensor_files"},
     "inspection": {"stored_model", "tensor_files"},
