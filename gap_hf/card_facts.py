@@ -19,6 +19,7 @@ from gap_hf.folder_files import is_packed, read_config, weight_files
 from gap_hf.folders import pack_folder, unpack_folder
 from gap_hf.inspection import TensorFacts, inspect_model, totals
 from gap_hf.stored_model import open_model
+from gap_hf.uploads import files_of
 
 # Files that hold the scores of a run, the first that is there: of scripts/translate.py, then Trainer's.
 SCORE_FILES = ("results.json", "all_results.json", "eval_results.json")
@@ -149,9 +150,12 @@ def _measure(folder: Path) -> dict[str, Any]:
     packed = is_packed(folder)
     sizes: dict[str, int | None] = {"packed" if packed else "dense": _bytes(folder)}
     with tempfile.TemporaryDirectory() as scratch:
-        other = Path(scratch) / "other"
+        files, other = Path(scratch) / "files", Path(scratch) / "other"
+        files.mkdir()
+        for name, path in files_of(folder).items():  # without what an optimizer left
+            (files / name).symlink_to(path.resolve())
         try:
-            (unpack_folder if packed else pack_folder)(folder, other)
+            (unpack_folder if packed else pack_folder)(files, other)
             sizes["dense" if packed else "packed"] = _bytes(other)
         except GaPError:  # files that name weights otherwise than the masks: only the model's class can pack those
             sizes["dense" if packed else "packed"] = None

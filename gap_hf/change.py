@@ -24,7 +24,7 @@ class Change:
         pruned, grown: Groups that were pruned or grown; a group whose weights were exchanged is in both.
         sparsity: Share of zeros of the prunable set after the change.
         model_sparsity: The same over all parameters of the model.
-        pruning_error: ``|W - m W|^2 / |W|^2`` over the weights just pruned (method.md section 8), None if none were.
+        pruning_error: ``|W - m W|^2 / |W|^2`` over the weights just pruned, None if none were.
         mask_iou: Intersection over union of the new masks with those that they replace or, of tensors that were grown
             meanwhile, with those of their last prune; None without any. Prunes inside a grown group's phase do not count.
     """

@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "count the zeros of anybody's checkpoint, and tell which patterns they hold to",
     "diff": "compare two saved models: weights to the bit, and masks",
     "card": "write the model card of a sparse model, from what is measured of it",
+    "report": "write one HTML file about a run: phases, sparsity, scores, mask churn, layers, sizes",
     "push": "verify a sparse model's folder and publish it on the Hub, in either form",
 }
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gap_hf.change import Change
 from gap_hf.phases import PARALLEL, Phase
 from gap_hf.plan import Plan
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 _SHADES = {"initial": "#F0E442", "fine-tune": "#56B4E9"}
 
 
@@ -94,22 +98,26 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], plan: Plan | None, path: 
         plan: `trainer.gap.plan`, or None for a dense run.
         path: File to write; its suffix sets the format.
     """
+    run_figure(log_history, plan, scores=("bleu",)).savefig(path, dpi=130)
+
+
+def run_figure(log_history: Sequence[Mapping[str, Any]], plan: Plan | None, *, scores: Sequence[str]) -> Figure:
+    """Panels of sparsity, loss and the `scores` (``eval_bleu`` is ``bleu``) over optimizer steps, with the phases shaded."""
     from matplotlib.figure import Figure
 
     def series(key: str) -> tuple[list[float], list[float]]:
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         return [x for x, _ in points], [y for _, y in points]
 
-    panels = [
-        name for name, key in (("sparsity", "gap_sparsity"), ("loss", "loss"), ("BLEU", "eval_bleu")) if series(key)[0]
-    ]
+    keys = {"sparsity": "gap_sparsity", "loss": "loss"} | {name: f"eval_{name}" for name in scores}
+    panels = [name for name, key in keys.items() if series(key)[0]]
     phases = plan.phases if plan is not None else ()
     last = max([p.end for p in phases] + [int(entry.get("step", 0)) for entry in log_history] + [1])
     # A Figure of its own, not pyplot: no window, no global state.
     figure = Figure(figsize=(9, 1.2 + 2.1 * max(1, len(panels))), layout="constrained")
     axes = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, panels, strict=False):
-        _shade(axis, phases)
+        shade_phases(axis, phases)
         if name == "sparsity":
             for key, colour, label in (
                 ("gap_sparsity", _BLUE, "prunable weights"),
@@ -128,13 +136,18 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], plan: Plan | None, path: 
                 axis.plot(x, y, color=_BLUE, label="dev", marker="o", ms=4, lw=1.5)
             axis.set_ylabel("loss")
         else:
-            x, y = series("eval_bleu")
+            x, y = series(keys[name])
             axis.plot(x, y, color=_GREEN, marker="o", ms=4, lw=1.5)
             axis.annotate(
-                f"{y[-1]:.1f}", (x[-1], y[-1]), xytext=(-4, -14), textcoords="offset points", ha="right", color=_GREEN
+                f"{y[-1]:.{1 if abs(y[-1]) >= 1 else 3}f}",
+                (x[-1], y[-1]),
+                xytext=(-4, -14),
+                textcoords="offset points",
+                ha="right",
+                color=_GREEN,
             )
-            axis.set_ylabel("BLEU on dev")
-            axis.set_ylim(bottom=0)
+            axis.set_ylabel(f"{_NAMES.get(name, name)} on dev")
+            axis.set_ylim(bottom=min(0, *y))
         if axis.get_legend_handles_labels()[0]:
             corner = "lower right" if name == "sparsity" else "upper right"
             axis.legend(loc=corner, frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
@@ -143,17 +156,18 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], plan: Plan | None, path: 
     axes[-1].set_xlabel("optimizer step")
     axes[-1].set_xlim(0, last)
     if plan is not None:
-        _label_phases(axes[0], plan, last)
-    figure.savefig(path, dpi=130)
+        label_phases(axes[0], plan, last)
+    return figure
 
 
-def _shade(axis: Any, phases: Sequence[Phase]) -> None:
+def shade_phases(axis: Any, phases: Sequence[Phase]) -> None:
+    """Shade a panel by phase."""
     for phase in phases:
         shade = _SHADES.get(phase.kind, "#EEEEEE" if phase.index % 2 else "#FFFFFF")
         axis.axvspan(phase.start, phase.end, color=shade, alpha=0.25 if phase.kind in _SHADES else 0.9, lw=0, zorder=0)
 
 
-def _label_phases(axis: Any, plan: Plan, last: int) -> None:
+def label_phases(axis: Any, plan: Plan, last: int) -> None:
     """Which group is dense, above each phase; left out where phases are too narrow to write in."""
     for phase in plan.phases:
         grown = plan.grown(phase)

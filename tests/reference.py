@@ -196,7 +196,7 @@ def cyclic_gap(
     gradient: Callable[[str, np.ndarray], np.ndarray],
     learning_rate: float,
 ) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray | None]]]:
-    """C-GaP as method.md section 2 writes it, with plain SGD: weights and masks (None is dense) after every step.
+    """C-GaP as the paper's algorithm 1 has it, with plain SGD: weights and masks (None is dense) after every step.
 
     Grow and prune happen at the end of the step that they follow, so they show in that step's entry.
     """

@@ -34,6 +34,8 @@ _FOLDERS = {
     "recorded",
     "folders",
     "saving",
+    "run_record",
+    "run_html",
 }
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -84,11 +86,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": {"stored_model", "tensor_files"},
     "comparison": {"stored_model", "tensor_files"},
     "tables": {"errors"},
-    "card_facts": {"errors", "checkpoint", "folder_files", "folders", *_STORED},
+    "card_facts": {"errors", "checkpoint", "folder_files", "folders", "uploads", *_STORED},
     "card_loading": set(),
     "card_section": {"card_facts", "card_loading", "tables"},
     "card": {"errors", "card_facts", "card_loading", "card_section", "tables"},
     "card_speed": {"errors", "folder_files", "packed"},
+    "run_record": {"errors", "card_facts", "checkpoint", "plan"},
+    "run_figures": {"plan", "report", "run_record"},
+    "run_html": {"run_figures", "run_record", "tables"},
     "uploads": {"errors", "checkpoint", "packed"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
     "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands"},

@@ -203,7 +203,7 @@ def test_dense_has_no_plan() -> None:
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
-# Written out from method.md section 2 by hand, R = 2: (pruned, grown) at each phase, groups counted from 0.
+# Written out from the paper's schedule by hand, R = 2: (pruned, grown) at each phase, groups counted from 0.
 ORDER: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
     1: [((), (0,)), ((0,), (0,)), ((0,), (0,)), ((0,), ())],
     2: [((), (0,)), ((0,), (1,)), ((1,), (0,)), ((0,), (1,)), ((1,), (0,)), ((0,), ())],

@@ -1,4 +1,4 @@
-"""Grow-and-prune in a plain loop: the invariants of method.md section 9 that need no Trainer."""
+"""Grow-and-prune in a plain loop: the invariants of the method that need no Trainer."""
 
 from __future__ import annotations
 
