@@ -20,6 +20,7 @@ COMMANDS = {
     "diff": "compare two saved models: weights to the bit, and masks",
     "card": "write the model card of a sparse model, from what is measured of it",
     "report": "write one HTML file about a run: phases, sparsity, scores, mask churn, layers, sizes",
+    "export": "write a saved model's weights under the names that another library gives them",
     "push": "verify a sparse model's folder and publish it on the Hub, in either form",
 }
 

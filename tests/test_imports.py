@@ -36,6 +36,7 @@ _FOLDERS = {
     "saving",
     "run_record",
     "run_html",
+    "exporting",
 }
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -94,6 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_record": {"errors", "card_facts", "checkpoint", "plan"},
     "run_figures": {"plan", "report", "run_record"},
     "run_html": {"run_figures", "run_record", "tables"},
+    "exporting": {"errors", "folder_files"},
     "uploads": {"errors", "checkpoint", "packed"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
     "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands"},

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     Seq2SeqTrainingArguments,
+    TimmWrapperConfig,
 )
 
 from gap_hf.config import load_yaml
@@ -125,7 +126,9 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
         GaPError: if the type is unknown or the config cannot be loaded or refuses a value.
     """
     try:
-        if section.get("checkpoint") is not None:
+        if section.get("timm") is not None:
+            config = TimmWrapperConfig(architecture=str(section["timm"]), model_args=section.get("args") or {})
+        elif section.get("checkpoint") is not None:
             config = AutoConfig.from_pretrained(str(section["checkpoint"]))
         else:
             known = _TRAINED_TOKENIZER | {"vocab_size": section["vocab_size"]} if "vocab_size" in section else {}
@@ -133,7 +136,7 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return _auto_class(config).from_config(config)
     except Exception as error:  # each model checks its own config, with its own kinds of error
-        key = "checkpoint" if section.get("checkpoint") is not None else "type"
+        key = next((key for key in ("timm", "checkpoint") if section.get(key) is not None), "type")
         unknown = key == "type" and section.get(key) not in CONFIG_MAPPING
         detail = did_you_mean(str(section.get(key)), CONFIG_MAPPING) if unknown else f": {one_line(error)}"
         raise GaPError(f"model.{key}: found {section.get(key)!r}, which gives no model{detail}") from None

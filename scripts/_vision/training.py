@@ -1,0 +1,302 @@
+"""The trainer of image classification: batches, soft labels, averaged weights that obey the masks, batch norms."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from timm.data.mixup import Mixup
+from timm.data.transforms_factory import create_transform
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from transformers import TrainerCallback
+
+from _vision.data import DataSection, Images, drawn_from
+from _vision.model import ModelSection, make_optimizer, make_schedule
+from gap_hf import GaPTrainer
+from gap_hf.errors import GaPError
+
+AVERAGE = "average.safetensors"
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def normalization(data: DataSection, channels: int) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel, of values from 0 to 1.
+
+    Raises:
+        GaPError: if the recipe's are of another number of channels.
+    """
+    default = IMAGENET if channels == 3 else {"mean": [0.5] * channels, "std": [0.5] * channels}
+    out = {key: getattr(data, key) or default[key] for key in ("mean", "std")}
+    for key, values in out.items():
+        if len(values) != channels:
+            raise GaPError(f"data.{key}: found {len(values)} numbers, expected {channels}, one for each channel")
+    return out
+
+
+def set_transforms(splits: Mapping[str, Images], data: DataSection, size: tuple[int, int, int]) -> None:
+    """Give the splits timm's transforms, where images are augmented one by one.
+
+    Raises:
+        GaPError: if timm does not know `data.auto_augment`.
+    """
+    if not data.needs_pictures:
+        return
+    norm = {key: tuple(values) for key, values in normalization(data, size[0]).items()}
+    make: Any = create_transform  # annotated for three channels and no None, and takes both
+    plain = make(size, interpolation="bicubic", crop_pct=data.crop_share, **norm)
+    try:
+        augmented = make(
+            size,
+            is_training=True,
+            no_aug=data.scale is None and not data.auto_augment,
+            scale=tuple(data.scale) if data.scale else None,
+            hflip=data.horizontal_flip,
+            color_jitter=data.color_jitter,
+            auto_augment=data.auto_augment,
+            re_prob=data.random_erasing,
+            interpolation="bicubic",
+            **norm,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise GaPError(f"data.auto_augment: timm cannot make '{data.auto_augment}': {error}") from None
+    for split, images in splits.items():
+        images.plain_transform = plain
+        images.transform = augmented if split == "train" else plain
+
+
+class Batches:
+    """From examples to a batch: float images, normalised, moved and flipped in training; int or, mixed, soft labels.
+
+    What is drawn comes from the first example's `draw` alone: a loader makes batches ahead of their use, so that nothing drawn from
+    a global generator could be drawn again by a resumed run.
+
+    Args:
+        norm: mean and std, or None where images come normalised.
+        mixup: timm's, or None.
+    """
+
+    def __init__(
+        self,
+        data: DataSection,
+        norm: Mapping[str, Sequence[float]] | None,
+        mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        *,
+        training: bool,
+    ) -> None:
+        self.shift = data.random_shift if training else 0
+        self.flip = data.horizontal_flip if training and norm is not None else 0.0
+        self.mixup = mixup if training else None
+        self.norm = None if norm is None else tuple(torch.tensor(norm[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        pixels = torch.stack([example["pixel_values"] for example in examples])
+        labels = torch.tensor([example["labels"] for example in examples])
+        if self.norm is not None:
+            mean, std = self.norm
+            pixels = (pixels.float() / 255 - mean) / std
+            black = (0 - mean) / std
+        else:
+            black = torch.zeros(1, pixels.shape[1], 1, 1)
+        draw = int(examples[0].get("draw", 0))
+        generator = torch.Generator().manual_seed(draw)
+        if self.shift:
+            pixels = _shifted(pixels, self.shift, black, generator)
+        if self.flip:
+            flipped = torch.rand(len(pixels), generator=generator) < self.flip
+            pixels[flipped] = pixels[flipped].flip(-1)
+        if self.mixup is not None and len(pixels) % 2 == 0:
+            with drawn_from(draw):
+                pixels, labels = self.mixup(pixels, labels)
+        return {"pixel_values": pixels, "labels": labels}
+
+
+def _shifted(pixels: Tensor, most: int, fill: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to `most` pixels either way."""
+    n, c, h, w = pixels.shape
+    wide = fill.expand(n, c, h + 2 * most, w + 2 * most).clone()
+    wide[:, :, most : most + h, most : most + w] = pixels
+    y, x = torch.randint(0, 2 * most + 1, (2, n), generator=generator)
+    rows = (y[:, None] + torch.arange(h))[:, None, :, None]
+    columns = (x[:, None] + torch.arange(w))[:, None, None, :]
+    return wide[torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None], rows, columns]
+
+
+def make_mixup(data: DataSection, num_classes: int, smoothing: float) -> Mixup | None:
+    """timm's Mixup, if the recipe has any; label smoothing is then in its soft labels."""
+    if not data.mixup and not data.cutmix:
+        return None
+    return Mixup(data.mixup, data.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+
+
+class ClassificationTrainer(GaPTrainer):
+    """GaPTrainer on labelled images. `attach` comes before `train`."""
+
+    section: ModelSection
+    train_batches: Batches
+    plain_batches: Batches
+    average: WeightAverage | None = None
+    recalibrate: int = 0
+
+    def attach(self, section: ModelSection, train_batches: Batches, plain_batches: Batches) -> None:
+        """What the recipe's `model` section says of training, and how its images become batches, with and without moving them."""
+        self.section, self.train_batches, self.plain_batches = section, train_batches, plain_batches
+        self.recalibrate = section.recalibrate_batchnorm
+        # Its loss is a mean, which Trainer has to divide by the accumulation's length.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_NewDraws(self))
+        if section.average_decay is not None:
+            self.average = WeightAverage(self, section.average_decay)
+            self.add_callback(self.average)
+
+    def get_train_dataloader(self) -> Any:
+        # Trainer has one collator for all; this one moves and mixes images, which no evaluation may.
+        own, self.data_collator = self.data_collator, self.train_batches
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = own
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.section.optimizer is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        assert self.model is not None
+        self.optimizer = make_optimizer(self.section, model or self.model, self.args)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.section.schedule is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = make_schedule(
+            self.section,
+            optimizer or self.optimizer,
+            steps=num_training_steps,
+            warmup=self.args.get_warmup_steps(num_training_steps),
+            rate=self.args.learning_rate,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Cross entropy with whole or soft labels; label smoothing is of whole ones only, in training."""
+        outputs = model(pixel_values=inputs["pixel_values"])
+        labels = inputs["labels"]
+        smoothing = self.args.label_smoothing_factor if model.training and labels.ndim == 1 else 0.0
+        loss = F.cross_entropy(outputs.logits, labels, label_smoothing=smoothing)
+        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.finished_weights():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.finished_weights():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def finished_weights(self) -> Iterator[None]:
+        """In it the model is what would be saved: averaged weights, re-estimated batch norms, as the recipe has them."""
+        assert self.model is not None
+        if self.average is None and not self.recalibrate:
+            yield
+            return
+        before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        try:
+            self._finish()
+            yield
+        finally:
+            self.model.load_state_dict(before)
+
+    def keep_finished_weights(self) -> None:
+        """At the end of training: what `finished_weights` gives, for good."""
+        self._finish()
+        self.average, self.recalibrate = None, 0
+
+    def _finish(self) -> None:
+        assert self.model is not None
+        if self.average is not None:
+            self.model.load_state_dict(self.average.state())
+        has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        if self.recalibrate and has_norms:
+            update_bn(self._plain_images(self.recalibrate), self.model, device=self.args.device)
+
+    def _plain_images(self, batches: int) -> Iterator[Tensor]:
+        """Training images as evaluation sees them, drawn by the seed alone: equal on every rank and at every call."""
+        images: Any = self.train_dataset
+        assert isinstance(images, Images)
+        size = self.args.per_device_train_batch_size
+        order = np.random.default_rng(self.args.seed).permutation(len(images))
+        plain = images.plain()
+        for start in range(0, min(batches * size, len(order) - size + 1), size):
+            yield self.plain_batches([plain[int(i)] for i in order[start : start + size]])["pixel_values"]
+
+
+class _NewDraws(TrainerCallback):
+    """Other augmentations in every epoch, the same ones in every run of it."""
+
+    def __init__(self, trainer: ClassificationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        images: Any = self.trainer.train_dataset
+        images.seed = args.seed if args.data_seed is None else args.data_seed
+        images.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class WeightAverage(TrainerCallback):
+    """timm's average of the weights, in which masked weights are 0 as they are in the model. Saved with every checkpoint."""
+
+    def __init__(self, trainer: ClassificationTrainer, decay: float) -> None:
+        self.trainer = trainer
+        self.decay = decay
+        self.average: ModelEmaV3 | None = None
+        self.resume: Path | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer.model is not None
+        self.average = ModelEmaV3(self.trainer.model, decay=self.decay, use_warmup=True)
+        if self.resume is not None:
+            path = self.resume / AVERAGE
+            if not path.is_file():
+                raise GaPError(f"{path}: is not there; expected the average that model.average_decay keeps")
+            self.average.module.load_state_dict(load_file(path))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.average is not None and self.trainer.model is not None
+        self.average.update(self.trainer.model, step=state.global_step)
+        self._mask()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                part = folder / f".{AVERAGE}.part"
+                save_file({name: value.contiguous() for name, value in self.state().items()}, part)
+                shutil.move(part, folder / AVERAGE)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged model's state, by the model's own names."""
+        assert self.average is not None
+        self._mask()
+        return self.average.module.state_dict()
+
+    def _mask(self) -> None:
+        gap = self.trainer.gap
+        if gap is None:
+            return
+        assert self.average is not None
+        params = dict(self.average.module.named_parameters())
+        with torch.no_grad():
+            for name in gap.masks:
+                if (mask := gap.masks[name]) is not None:
+                    params[name].masked_fill_(mask == 0, 0)
