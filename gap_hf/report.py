@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
+_NAMES = {"bleu": "BLEU", "chrf": "chrF", "top1": "top-1", "top5": "top-5"}
 _SHADES = {"initial": "#F0E442", "fine-tune": "#56B4E9"}
 
 
