@@ -1,0 +1,1 @@
+"""The pieces of scripts/segment_points.py that its tests use too."""
