@@ -276,3 +276,29 @@ def sent_and_received(
                 sent.append(value)
         received.append(np.where(mask == 1, tensor, 0).astype(tensor.dtype))
     return sent, received
+
+
+# --- points ----------------------------------------------------------------------------------------------------------
+
+
+def farthest_points(points: np.ndarray, num: int) -> list[int]:
+    """Of points (n, 3): the first, then again and again the one whose nearest chosen point is farthest; ties to the lowest."""
+    chosen = [0]
+    while len(chosen) < num:
+        gaps = [min(float(((p - points[c]) ** 2).sum()) for c in chosen) for p in points]
+        chosen.append(max(range(len(points)), key=lambda i: (gaps[i], -i)))
+    return chosen
+
+
+def ball_neighbours(points: np.ndarray, centre: np.ndarray, radius: float, num: int) -> list[int]:
+    """The first `num` points, by index, within `radius` of the centre; the first of them repeated where there are fewer."""
+    inside = [i for i, p in enumerate(points) if float(np.sqrt(((p - centre) ** 2).sum())) <= radius][:num]
+    return inside + [inside[0]] * (num - len(inside))
+
+
+def interpolated(values: np.ndarray, points: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Values (n, c) at points (n, 3) read at one query (3,): the three nearest, weighted by 1 / squared distance."""
+    squares = [max(float(((p - query) ** 2).sum()), 1e-10) for p in points]
+    near = sorted(range(len(points)), key=lambda i: (squares[i], i))[:3]
+    weights = [1 / squares[i] for i in near]
+    return sum(w * values[i] for w, i in zip(weights, near, strict=True)) / sum(weights)

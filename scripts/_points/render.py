@@ -34,6 +34,8 @@ def draw_clouds(clouds: Sequence[Drawn], part_names: Sequence[str], path: Path, 
     # A Figure of its own, not pyplot: no window, no global state.
     figure = Figure(figsize=(3.2 * len(columns) + 1.8, 3.0 * len(clouds)), layout="constrained")
     axes = figure.subplots(len(clouds), len(columns), squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=10, pad=16)
     for row, cloud in zip(axes, clouds, strict=True):
         x, y, depth = project(cloud.points, up)
         order = np.argsort(depth)  # what is near is drawn last
@@ -44,9 +46,7 @@ def draw_clouds(clouds: Sequence[Drawn], part_names: Sequence[str], path: Path, 
             axis.scatter(x[order], y[order], s=5, c=shades, linewidths=0)
             axis.set_aspect("equal")
             axis.set_axis_off()
-            if row is axes[0]:
-                axis.set_title(column, fontsize=10)
-        row[0].text(0, 1, cloud.title, transform=row[0].transAxes, fontsize=8, color="#444444", va="top")
+        row[0].text(0, 1.02, cloud.title, transform=row[0].transAxes, fontsize=8, color="#444444")
         handles = [Line2D([], [], marker="o", ls="", ms=5, color=colour[part], label=part_names[part]) for part in used]
         row[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
