@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-_NAMES = {"bleu": "BLEU", "chrf": "chrF", "top1": "top-1", "top5": "top-5"}
+_NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "top1": "top-1",
+    "top5": "top-5",
+    "point_accuracy": "point accuracy",
+    "instance_miou": "instance mIoU",
+}
 _SHADES = {"initial": "#F0E442", "fine-tune": "#56B4E9"}
 
 

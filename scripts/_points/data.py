@@ -93,7 +93,7 @@ def _numbered(
             new = np.array([number[-1 if shared else shape.category, int(part)] for part in used])
             allowed[shape.category].update(new.tolist())
             out[split].append(Shape(shape.name, shape.category, shape.points, new[inverse]))
-    parts = [names.get(key, str(key[1]) if shared else f"{categories[key[0]]} {key[1]}") for key in keys]
+    parts = [names.get(key, str(key[1]) if shared else f"{categories[key[0]]}: {key[1]}") for key in keys]
     return PointData(out, list(categories), parts, [sorted(parts) for parts in allowed])
 
 
