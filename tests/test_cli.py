@@ -117,7 +117,7 @@ def test_there_are_recipes() -> None:
 def test_every_recipe_is_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["plan", str(path), "--steps-per-epoch", "3500", "--json", *STAND_INS.get(path.stem, [])])
     out = capsys.readouterr()
-    if path.stem == "demo-dense":
+    if path.stem.endswith("-dense"):
         assert code == 2 and "nothing to plan" in out.err
         return
     assert code == 0, out.err

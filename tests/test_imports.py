@@ -100,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporting": {"errors", "folder_files"},
     "uploads": {"errors", "checkpoint", "packed"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
-    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands"},
+    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models"},
     "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.

@@ -32,7 +32,7 @@ RECIPES = sorted((ROOT / "recipes" / "points").rglob("*.yaml"))
 def write_recipe(folder: Path, **sections: Any) -> Path:
     recipe: dict[str, Any] = {
         "gap": {"sparsity": 0.8, "num_partitions": 2, "num_rounds": 1},
-        "model": {"type": "pointnet2", "config": SIZES},
+        "model": {"type": "gap_hf_pointnet2", "config": SIZES},
         "data": {"file": "a.npz", "name_array": "robot", "hold_out": ["r2"], "num_points": 32, "normals": False},
         "training": {
             "output_dir": str(folder / "run"),
@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_run(finished: Path, tmp_path: Path) -> None:
 
 def test_without_gap_it_is_plain_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(
-        tmp_path, model={"type": "point_transformer", "config": {"channels": [8, 8], "depths": [1, 1]}}
+        tmp_path, model={"type": "gap_hf_point_transformer", "config": {"channels": [8, 8], "depths": [1, 1]}}
     )
     words = ["--gap.method=dense", "--training.max_steps=2", "--data.baseline_shapes=0", "--training.save_strategy=no"]
     assert segment_points.main([str(recipe), *words]) == 0
@@ -129,10 +129,13 @@ def test_the_plan_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("word", "message"),
     [
         ("--data.jiter=1", "data.jiter: unknown key; did you mean 'jitter'?"),
-        ("--model.type=pointnet", "model.type: found 'pointnet', no network on points; did you mean 'pointnet2'?"),
+        (
+            "--model.type=pointnet",
+            "model.type: found 'pointnet', no network on points; did you mean 'gap_hf_pointnet2'?",
+        ),
         ("--model.config.num_centroid=[4]", "model.config.num_centroid: unknown key; did you mean 'num_centroids'?"),
-        ("--model.config.num_parts=4", "model.config.num_parts: comes from the data"),
-        ("--model.config.radii=[[1]]", "model.config: pointnet2 refuses it: radii: found 1 entries, expected 2"),
+        ("--model.config.num_parts=5", "model.config.num_parts: found 5, expected 4, as the data has"),
+        ("--model.config.radii=[[1]]", "model.config: gap_hf_pointnet2 refuses it: radii: found 1 entries, expected 2"),
         ("--model.checkpoint=x", "model.type: found both of type and checkpoint"),
         ("--data.num_points=8", "data.num_points: found 8, expected at least model.config.num_centroids[0], 16"),
         ("--data.hold_out=[a1]", "data.hold_out: found 'a1'"),

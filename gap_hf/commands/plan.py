@@ -125,6 +125,8 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
     Raises:
         GaPError: if the type is unknown or the config cannot be loaded or refuses a value.
     """
+    import gap_hf.models  # noqa: F401  # registers the networks that transformers does not have
+
     try:
         if section.get("timm") is not None:
             config = TimmWrapperConfig(architecture=str(section["timm"]), model_args=section.get("args") or {})

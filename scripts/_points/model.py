@@ -22,11 +22,9 @@ from gap_hf.models.points import PointConfig
 from gap_hf.recipe import one_line
 
 TYPES: dict[str, tuple[type[PointConfig], type[PreTrainedModel]]] = {
-    "pointnet2": (PointNet2Config, PointNet2ForPartSegmentation),
-    "point_transformer": (PointTransformerConfig, PointTransformerForPartSegmentation),
+    PointNet2Config.model_type: (PointNet2Config, PointNet2ForPartSegmentation),
+    PointTransformerConfig.model_type: (PointTransformerConfig, PointTransformerForPartSegmentation),
 }
-# What the data says, not the recipe.
-FROM_DATA = ("num_parts", "num_categories", "num_features", "category_parts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +33,9 @@ class ModelSection:
 
     Attributes:
         checkpoint: A folder that an earlier run saved, with the same categories and parts.
-        type: ``pointnet2`` or ``point_transformer``.
-        config: Keys of `PointNet2Config` or `PointTransformerConfig`, but for those that the data says.
+        type: ``gap_hf_pointnet2`` or ``gap_hf_point_transformer``.
+        config: Keys of `PointNet2Config` or `PointTransformerConfig`. What the data says (num_parts, num_categories,
+            num_features, category_parts) may be left out; ``gap-hf plan``, which reads no data, counts by what is here.
     """
 
     checkpoint: Path | None = None
@@ -61,11 +60,9 @@ class ModelSection:
             name
             for cls in (TYPES[self.type][0], PointConfig)
             for name, parameter in inspect.signature(cls.__init__).parameters.items()
-            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD and name not in FROM_DATA
+            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
         ]
         for name in self.config:
-            if name in FROM_DATA:
-                raise GaPError(f"model.config.{name}: comes from the data; expected it to be left out")
             if name not in valid:
                 raise GaPError(f"model.config.{name}: unknown key{did_you_mean(name, valid)}")
 
@@ -93,9 +90,12 @@ def load_model(section: ModelSection, data: DataSection, shapes: PointData) -> P
                 raise GaPError(f"model.checkpoint: its {name} is {found}, expected {value}, as the data has")
     else:
         assert section.type is not None
+        for name, value in wanted.items():
+            if (found := section.config.get(name, value)) != value:
+                raise GaPError(f"model.config.{name}: found {found}, expected {value}, as the data has")
         config_cls, model_cls = TYPES[section.type]
         try:
-            model = model_cls(config_cls(**section.config, **wanted))
+            model = model_cls(config_cls(**{**section.config, **wanted}))
         except Exception as error:  # whatever torch makes of sizes that are no sizes
             raise GaPError(f"model.config: {section.type} refuses it: {one_line(error)}") from None
         model.config.id2label = dict(enumerate(shapes.parts))
