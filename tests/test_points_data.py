@@ -15,6 +15,7 @@ from gap_hf import GaPError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+from _points import build_robots  # noqa: E402
 from _points.data import PointClouds, augmented, load_shapes, normalised  # noqa: E402
 from _points.metrics import best_parts, nearest_neighbour_parts, part_scores, shape_iou  # noqa: E402
 from _points.section import DataSection  # noqa: E402
@@ -185,3 +186,63 @@ def test_rotation_is_about_its_axis_and_turns_normals_too() -> None:
     np.testing.assert_allclose(turned[:, 1::3], points[:, 1::3], atol=1e-6)
     np.testing.assert_allclose(turned[:, :3] @ turned[:, 3:].T, points[:, :3] @ points[:, 3:].T, atol=1e-5)
     assert np.abs(turned - points).max() > 0.1
+
+
+# --- robots ----------------------------------------------------------------------------------------------------------
+
+
+class Sphere:
+    """Stands in for pybullet: one link, a ball of radius 0.5 about (1, 2, 3), seen by ray casting."""
+
+    ER_TINY_RENDERER = ER_SEGMENTATION_MASK_OBJECT_AND_LINKINDEX = 0
+    centre = np.array([1.0, 2.0, 3.0])
+
+    def getNumJoints(self, body: int) -> int:
+        return 0
+
+    def getAABB(self, body: int, link: int) -> Any:
+        return self.centre - 0.5, self.centre + 0.5
+
+    def computeProjectionMatrixFOV(self, *values: float) -> Any:
+        return values
+
+    def computeViewMatrix(self, *vectors: list[float]) -> Any:
+        return [np.array(v) for v in vectors]
+
+    def getCameraImage(self, width: int, height: int, view: Any, projection: Any, **_: Any) -> Any:
+        (eye, target, up), (angle, _, near, far) = view, projection
+        ahead = (target - eye) / np.linalg.norm(target - eye)
+        right = np.cross(ahead, up) / np.linalg.norm(np.cross(ahead, up))
+        depth, segments = np.ones((height, width)), np.full((height, width), -1)
+        for row in range(height):
+            for column in range(width):
+                x, y = ((v + 0.5) / width * 2 - 1 for v in (column, height - 1 - row))
+                ray = ahead + np.tan(np.radians(angle) / 2) * (x * right + y * np.cross(right, ahead))
+                a, b, c = ray @ ray, ray @ (eye - self.centre), (eye - self.centre) @ (eye - self.centre) - 0.25
+                if b * b > a * c:
+                    along = (-b - np.sqrt(b * b - a * c)) / a  # distance along the axis: `ahead` is in the ray once
+                    depth[row, column] = far / (far - near) * (1 - near / along)  # OpenGL's depth buffer
+                    segments[row, column] = 0
+        return width, height, None, depth.ravel().tolist(), segments.ravel().tolist()
+
+
+def test_cameras_see_points_where_they_are() -> None:
+    points, links = build_robots._look(Sphere(), 0, np.random.default_rng(0), 12)
+    np.testing.assert_allclose(np.linalg.norm(points - Sphere.centre, axis=1), 0.5, atol=1e-6)
+    assert set(links.tolist()) == {-1}
+    assert np.ptp(points, axis=0).min() > 0.5  # from all around
+
+
+def test_links_have_families() -> None:
+    quadruped, arm, wheeled = build_robots.KINDS
+    found = [quadruped.part_names[quadruped.part_of(x)] for x in ("trunk", "FR_upper_shoulder", "thigh_fl", "toeRL")]
+    assert found == ["trunk", "hip", "thigh", "foot"]
+    found = [arm.part_names[arm.part_of(x)] for x in ("panda_link0", "lbr_iiwa_link_2", "link4", "panda_leftfinger")]
+    assert found == ["base", "shoulder", "elbow", "hand"]
+    assert [wheeled.part_of(x) for x in ("base_link", "left_base", "right_front_wheel")] == [0, 2, 1]
+
+
+def test_without_pybullet_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pybullet", None)
+    with pytest.raises(SystemExit, match="pip install pybullet"):
+        build_robots.main([str(tmp_path / "robots.npz")])
