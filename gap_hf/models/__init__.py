@@ -1,10 +1,13 @@
-"""Networks that transformers does not have. Importing this registers them with `AutoConfig` and `AutoModel`.
+"""Networks that transformers does not have. Importing this registers them with its Auto classes; `import gap_hf` does not.
 
-transformers has no Auto class for the segmentation of points, so it is `AutoModel` here. A saved folder carries the
-code of its network: `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads it where gap_hf is not installed.
+transformers has no Auto class for the segmentation of points, so it is `AutoModel` here; detection has
+`AutoModelForObjectDetection`, where torchvision is installed. A saved folder carries the code of its network: `trust_remote_code=True`
+loads it where gap_hf is not installed.
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 from transformers import AutoConfig, AutoModel
 
@@ -19,6 +22,11 @@ for _config, _model in (
     AutoModel.register(_config, _model, exist_ok=True)
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
+
+if find_spec("torchvision") is not None:
+    from gap_hf.models import ssd
+
+    ssd.register()
 
 __all__ = [
     "PointNet2Config",
