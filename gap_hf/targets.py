@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from gap_hf.blocks import find_blocks
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError, nearest
 from gap_hf.layouts import CONVS, TRANSPOSED_CONVS, layout_of
@@ -86,7 +87,7 @@ def find_targets(model: nn.Module, config: GaPConfig) -> Targets:
     MultiheadAttention, and every 3-D expert weight, inside a block. Left dense there: routers, patch embeddings,
     gates with a single output, and depthwise convolutions, which are few weights with one input channel per
     output: there is no redundancy to remove and they are the first to break. Outside the blocks lie stems,
-    embeddings, poolers and heads.
+    embeddings, poolers and heads (`gap_hf.blocks` says how a block is told).
 
     `config.include` replaces that choice: whatever it names is a target wherever it lies, if it can be pruned at
     all. Tied weights (one parameter in two modules), embeddings, norms, biases, frozen and quantised weights,
@@ -101,7 +102,7 @@ def find_targets(model: nn.Module, config: GaPConfig) -> Targets:
     included = [tree.select("include", i, entry) for i, entry in enumerate(config.include)]
     excluded = [tree.select("exclude", i, entry) for i, entry in enumerate(config.exclude)]
     overrides = [tree.select("overrides", i, entry) for i, (entry, _) in enumerate(config.overrides)]
-    blocks = _find_blocks(model)
+    blocks = {module: clean_name(path) for module, path in find_blocks(model).items()}
 
     weights: list[PrunableWeight] = []
     skipped: list[Skipped] = []
@@ -222,58 +223,6 @@ def _dense_by_default(param: _Param) -> str | None:
     if isinstance(module, nn.Linear) and shape[0] == 1:
         return "a gate with a single output"
     return None
-
-
-# --- Blocks -------------------------------------------------------------------------------------------------------
-
-
-def _find_blocks(model: nn.Module) -> dict[int, str]:
-    """`id` of every module inside a block -> path of that block.
-
-    Blocks are the outermost lists of block-like modules, and numbered siblings (ResNet's layer1 to layer4).
-    """
-    found: dict[int, str] = {}
-
-    def visit(module: nn.Module, path: str) -> None:
-        blocks = _block_children(module)
-        for name, child in module.named_children():
-            child_path = f"{path}.{name}" if path else name
-            if id(child) in found:
-                continue
-            if name in blocks:
-                found.update((id(inner), clean_name(child_path)) for inner in child.modules() if id(inner) not in found)
-            else:
-                visit(child, child_path)
-
-    visit(model, "")
-    return found
-
-
-def _block_children(module: nn.Module) -> set[str]:
-    """Names of the children of `module` that are blocks."""
-    children = dict(module.named_children())
-    blocks = [name for name, child in children.items() if _is_block_like(child)]
-    if isinstance(module, nn.ModuleList | nn.Sequential):
-        # One block-like child among others is a whole network beside its head, so its own layers are the blocks.
-        return set(blocks) if len(blocks) > 1 or len(blocks) == len(children) else set()
-    stems = Counter(_stem(name) for name in blocks if _stem(name) != name)
-    return {name for name in blocks if stems[_stem(name)] > 1}
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"\d+$", "", name)
-
-
-def _is_block_like(module: nn.Module) -> bool:
-    """At least two weights and a norm: a layer or stage, but no input projection and no prediction head."""
-    num_weights = sum(layout_of(m, name, p) is not None for m in module.modules() for name, p in _own_weights(m))
-    return num_weights >= 2 and any(_is_norm(m) for m in module.modules())
-
-
-def _own_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, param in module.named_parameters(recurse=False):
-        if param.ndim >= 2 and "bias" not in name:
-            yield name, param
 
 
 # --- Names --------------------------------------------------------------------------------------------------------

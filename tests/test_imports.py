@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gap_hf"
 # What each module may import from gap_hf. A new module needs a line here, which is where its place is decided.
 _PURE = {"errors", "config", "phases"}
 _PLAN = _PURE | {"ramps", "methods", "plan"}
-_TARGETS = {"errors", "config", "shards", "targets"}
+_TARGETS = {"blocks", "errors", "config", "shards", "targets"}
 _MASKS = {"largest", "patterns", "masks", "optimizer_state"}
 _REPLICAS = {"distributed", "merging", "replica", "workers"}
 _CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"} | _REPLICAS
@@ -53,7 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # A network's file goes into every folder that it is saved in, and runs there without gap_hf.
     "models": {"models"},
     "shards": {"errors"},
-    "targets": {"errors", "config", "layouts", "shards"},
+    "blocks": {"layouts"},
+    "models": {"models"},
+    "targets": {"blocks", "errors", "config", "layouts", "shards"},
     "partition": _TARGETS,
     "largest": {"errors", "shards"},
     "patterns": _PURE | {"shards", "largest"},

@@ -76,10 +76,14 @@ class SSDConfig(PreTrainedConfig):
             if not 1 <= self.num_maps <= len(self.hidden_sizes):
                 raise ValueError(f"num_maps: found {self.num_maps}, expected 1 to {len(self.hidden_sizes)}, the stages")
             if len(self.scales) != self.num_maps + 1:
-                raise ValueError(f"scales: found {len(self.scales)} of them, expected num_maps + 1, {self.num_maps + 1}")
+                raise ValueError(
+                    f"scales: found {len(self.scales)} of them, expected num_maps + 1, {self.num_maps + 1}"
+                )
             smallest = 2 ** (len(self.hidden_sizes) + 1)
             if self.image_size % smallest:
-                raise ValueError(f"image_size: found {self.image_size}, expected a multiple of {smallest} (2 per stage)")
+                raise ValueError(
+                    f"image_size: found {self.image_size}, expected a multiple of {smallest} (2 per stage)"
+                )
 
 
 @dataclass
