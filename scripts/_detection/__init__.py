@@ -1,0 +1,1 @@
+"""Parts of scripts/detect_objects.py."""
