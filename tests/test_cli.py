@@ -103,6 +103,7 @@ def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 # Models that only the Hub has: their type's default config stands in.
 STAND_INS = {
+    "detr-coco-finetune": ["--model.checkpoint=null", "--model.type=detr"],
     "finetune-opus-mt-en-de": ["--model.checkpoint=null", "--model.type=marian"],
     "finetune-t5-small": ["--model.checkpoint=null", "--model.type=t5"],
     "sft": ["--model.checkpoint=null", "--model.type=qwen2", "--model.config={num_hidden_layers: 4, hidden_size: 64}"],

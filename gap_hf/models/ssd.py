@@ -21,7 +21,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from torchvision.ops import batched_nms, box_convert, box_iou
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 VGG, LITE, SMALL = "ssd300_vgg16", "ssdlite320_mobilenet_v3_large", "small"
 _SIZES = {VGG: 300, LITE: 320, SMALL: 64}
@@ -126,15 +126,15 @@ class SSDForObjectDetection(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
-            for ones in (module.weight, module.running_var):
-                init.ones_(ones)
-            for zeros in (module.bias, module.running_mean, module.num_batches_tracked):
-                init.zeros_(zeros)
+            state = dict(module.named_parameters()) | dict(module.named_buffers())
+            for name, tensor in state.items():
+                (init.ones_ if name in ("weight", "running_var") else init.zeros_)(tensor)
         elif isinstance(module, SSDFeatureExtractorVGG):
             init.constant_(module.scale_weight, 20.0)
         elif isinstance(module, SSDScoringHead) and self.config.architecture != LITE:
             # A module comes after what is in it, so this is the heads' last word.
             for layer in module.module_list:
+                assert isinstance(layer, nn.Conv2d)
                 init.xavier_uniform_(layer.weight)
 
     def load_torchvision_weights(self, *, weights: str | None = None, weights_backbone: str | None = None) -> None:
@@ -185,12 +185,13 @@ class SSDForObjectDetection(PreTrainedModel):
         decoded = self.ssd.box_coder.decode_single(offsets.flatten(0, 1), torch.cat(anchors)).view_as(offsets)
         scale = decoded.new_tensor([width, height, width, height])
         background, classes = head["cls_logits"].split([1, self.config.num_labels], dim=-1)
+        losses = None if labels is None else self._losses(labels, head, anchors, scale)
         output = SSDOutput(
-            logits=torch.cat([classes, background], dim=-1), pred_boxes=box_convert(decoded / scale, "xyxy", "cxcywh")
+            loss=None if losses is None else torch.stack(list(losses.values())).sum(),
+            loss_dict=losses,
+            logits=torch.cat([classes, background], dim=-1),
+            pred_boxes=box_convert(decoded / scale, "xyxy", "cxcywh"),
         )
-        if labels is not None:
-            output.loss_dict = self._losses(labels, head, anchors, scale)
-            output.loss = torch.stack(list(output.loss_dict.values())).sum()
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
@@ -259,6 +260,7 @@ def match(boxes: Tensor, anchors: Tensor, ssd: SSD) -> Tensor:
 
 
 def _build(config: SSDConfig) -> SSD:
+    assert config.num_labels is not None
     num_classes = config.num_labels + 1
     if config.architecture == LITE:
         return ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=num_classes)
@@ -274,7 +276,8 @@ def _build(config: SSDConfig) -> SSD:
         )
     else:
         backbone = SmallBackbone(config.embedding_size, config.hidden_sizes, config.num_maps)
-        boxes = DefaultBoxGenerator([list(config.aspect_ratios)] * config.num_maps, scales=list(config.scales))
+        ratios: Any = list(config.aspect_ratios)  # fractions work as well as the whole numbers that it asks for
+        boxes = DefaultBoxGenerator([ratios] * config.num_maps, scales=list(config.scales))
     return SSD(backbone, boxes, size, num_classes)
 
 

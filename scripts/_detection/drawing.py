@@ -47,12 +47,12 @@ def draw_detections(
         good = mine["scores"] >= threshold if mine else np.zeros(0, bool)
         _panel(left, pixels, "truth")
         for box, label in zip(truth, sample.labels, strict=True):
-            _box(left, box, int(label), names[label])
+            _box(left, box, int(label), names[int(label)])
         _panel(right, pixels, f"found, score ≥ {threshold:g}")
         if mine:
-            rows_of = zip(mine["boxes"][good] * scale, mine["labels"][good], mine["scores"][good], strict=True)
-            for box, label, score in rows_of:
-                _box(right, box, int(label), f"{names[label]} {score:.2f}")
+            boxes = mine["boxes"][good] * scale
+            for box, label, score in zip(boxes, mine["labels"][good], mine["scores"][good], strict=True):
+                _box(right, box, int(label), f"{names[int(label)]} {score:.2f}")
     figure.savefig(path, dpi=110)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 from torchvision.ops import box_convert
 
 from _detection.data import Sample
@@ -20,7 +21,7 @@ MAX_DETECTIONS = 100  # of an image, as COCO counts
 
 
 @torch.no_grad()
-def detect(model: Any, outputs: Any, classes: Sequence[int]) -> list[dict[str, np.ndarray]]:
+def detect(model: nn.Module, outputs: Any, classes: Sequence[int]) -> list[dict[str, np.ndarray]]:
     """Detections of each image, best first.
 
     Of SSD after non-maximum suppression; DETR and its relatives need none. Their class scores are a softmax if they
@@ -37,18 +38,20 @@ def detect(model: Any, outputs: Any, classes: Sequence[int]) -> list[dict[str, n
         For each image `scores` (n,), `labels` (n,), indices into `classes`, and `boxes` (n, 4): left, top, right,
         bottom as shares of the image.
     """
+    config: Any = model.config
+    num_labels = int(config.num_labels)
     if isinstance(model, SSDForObjectDetection):
         found = model.post_process(outputs)
     else:
         logits = outputs.logits.float()
-        has_background = logits.shape[-1] == model.config.num_labels + 1
+        has_background = logits.shape[-1] == num_labels + 1
         scores = logits.softmax(-1)[..., :-1] if has_background else logits.sigmoid()
         found = []
         for score, box in zip(scores, box_convert(outputs.pred_boxes.float(), "cxcywh", "xyxy"), strict=True):
             top, index = score.flatten().topk(min(MAX_DETECTIONS, score.numel()))
             box = box[index // score.shape[1]].clamp(0, 1)
             found.append({"scores": top, "labels": index % score.shape[1], "boxes": box})
-    own = np.full(max(*classes, model.config.num_labels - 1) + 1, -1)
+    own = np.full(num_labels, -1)
     own[list(classes)] = np.arange(len(classes))
     out = []
     for image in found:
@@ -117,6 +120,7 @@ def _annotation(number: int, sample: Sample, box: np.ndarray, label: int, **more
 
 def _index(images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: list[dict[str, Any]]) -> COCO:
     coco = COCO()
-    coco.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    content: Any = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    coco.dataset = content
     coco.createIndex()
     return coco
