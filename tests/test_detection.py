@@ -182,7 +182,7 @@ def test_torchvisions_weights_are_refused_where_there_are_none() -> None:
 # --- what is pruned --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sparsity", "live"), [(0.8, 4_586_701), (0.9, 2_293_350)])
+@pytest.mark.parametrize(("sparsity", "live"), [(0.8, 4_586_700), (0.9, 2_293_352)])
 def test_the_plan_of_ssd300(sparsity: float, live: int) -> None:
     """COCO's 80 classes: all of VGG and the extra layers but the convolution that reads the image; no head."""
     model = on_meta(lambda: ssd(VGG, num_labels=80))
@@ -190,7 +190,7 @@ def test_the_plan_of_ssd300(sparsity: float, live: int) -> None:
     targets = find_targets(model, config)
     assert len(targets.weights) == 22 and sum(w.numel for w in targets.weights) == 22_933_504
     assert sum(p.numel() for p in model.parameters()) == 34_305_206
-    assert sum(round((1 - sparsity) * w.numel) for w in targets.weights) == live
+    assert sum(round((1 - config.target) * w.numel) for w in targets.weights) == live
     assert {s.name.split(".")[1] for s in targets.skipped} == {"backbone", "head"}
     assert [s.name for s in targets.skipped if "head" not in s.name] == ["ssd.backbone.features.0.weight"]
     assert len([s for s in targets.skipped if "head" in s.name]) == 12
@@ -216,42 +216,42 @@ def test_networks_without_norms(build: Any, number: int, last: str) -> None:
     assert [s.name for s in targets.skipped] == ["features.0.weight", f"{last}.weight"]
 
 
-def step(model: nn.Module, inputs: dict[str, Any]) -> None:
+def step(model: nn.Module, inputs: dict[str, Any]) -> Any:
     """One update under masks: exact zeros, the planned numbers of them, and everything live moves."""
     config = GaPConfig(sparsity=0.8, method="static")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    # The first step of Adam is as long for every gradient but 0.
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-20)
     sparsifier = Sparsifier(model, config, total_steps=2, optimizer=optimizer)
     sparsifier.start()
     model.train()
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    loss = model(**inputs).loss
-    loss.backward()
+    output = model(**inputs)
+    output.loss.backward()
     sparsifier.mask_gradients()
     moving = {name: param.grad != 0 for name, param in model.named_parameters() if param.grad is not None}
     optimizer.step()
     sparsifier.mask_weights()
-    assert loss.isfinite()
+    assert output.loss.isfinite()
     params = dict(model.named_parameters())
     targets = find_targets(model, config).weights
     assert targets
     for target in targets:
         param, mask = params[target.name], sparsifier.masks[target.name]
         assert mask is not None and int(mask.sum()) == round(0.2 * target.numel)
+        mask = mask.bool()
         assert not param[~mask].any() and not moving[target.name][~mask].any()
-    # Most of what is live moves; ReLUs without input stop some, and a step may be too small to show in a float.
+    # What has a gradient moves, but for a few that are smaller still than that.
     moved = sum(int((params[name] != before[name])[grad].sum()) for name, grad in moving.items())
-    assert moved > 0.9 * sum(int(grad.sum()) for grad in moving.values()) > 0
+    assert moved > 0.99 * sum(int(grad.sum()) for grad in moving.values()) > 0
     for name, param in params.items():
         assert torch.equal(param[~moving[name]], before[name][~moving[name]]) if name in moving else True
+    return output
 
 
 def test_a_step_of_ssd300() -> None:
     torch.manual_seed(0)
     model = ssd(VGG, num_labels=3)
-    with torch.no_grad():
-        logits = model.eval()(batch(300, 1)["pixel_values"]).logits
-    assert logits.shape == (1, 8732, 4)  # as in SSD's paper
-    step(model, batch(300, 1))
+    assert step(model, batch(300, 1)).logits.shape == (1, 8732, 4)  # as in SSD's paper
 
 
 def test_a_step_of_detr() -> None:
