@@ -20,6 +20,8 @@ _NAMES = {
     "chrf": "chrF",
     "top1": "top-1",
     "top5": "top-5",
+    "map": "mAP@[.5:.95]",
+    "map_50": "mAP@50",
     "point_accuracy": "point accuracy",
     "instance_miou": "instance mIoU",
 }
