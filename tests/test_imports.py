@@ -54,7 +54,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"models"},
     "shards": {"errors"},
     "blocks": {"layouts"},
-    "models": {"models"},
     "targets": {"blocks", "errors", "config", "layouts", "shards"},
     "partition": _TARGETS,
     "largest": {"errors", "shards"},
