@@ -31,6 +31,7 @@ from gap_hf.publishing import HubMixin
 from gap_hf.reduction import GradientReducer, attach
 from gap_hf.refusals import check_arguments, check_model, check_setup
 from gap_hf.report import describe, unfinished
+from gap_hf.resuming import ResumeMixin
 from gap_hf.sparsifier import Sparsifier
 from gap_hf.workers import OneWorker, ProcessWorkers, SequentialWorkers
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from gap_hf.zero import ZeroState
 
 
-class GaPMixin(HubMixin):
+class GaPMixin(ResumeMixin, HubMixin):
     """Adds scheduled grow-and-prune to any Trainer subclass: ``class MyTrainer(GaPMixin, SFTTrainer): ...``.
 
     Under FSDP version 2 masks are sharded as weights are (`gap_hf.shards`), and `save_model` is for all ranks, as Trainer's own

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_saving import mixtral
 from toys import CONFIG, Tokens, arguments, assert_masked_weights_are_zero, causal_lm, gap_trainer, same_tensors
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from gap_hf import GaPConfig, GaPError, GaPTrainer
 
@@ -146,3 +148,43 @@ def test_what_a_resume_may_change(tmp_path: Path) -> None:
     assert torch.equal(
         whole.model.transformer.h[0].attn.c_attn.weight, resumed.model.transformer.h[0].attn.c_attn.weight
     )
+
+
+def moe(folder: Path, gap: GaPConfig | None, resume: Path | None = None, **changes: Any) -> GaPTrainer:
+    """Mixtral, which is saved under the names of its first release."""
+    set_seed(0)
+    args = arguments(folder, **{"max_steps": 12, "save_strategy": "steps", "save_steps": 6, **changes})
+    trainer = GaPTrainer(model=mixtral(), args=args, train_dataset=Tokens(), eval_dataset=Tokens(8), gap_config=gap)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+def test_weights_that_are_saved_under_other_names_are_resumed_too(tmp_path: Path) -> None:
+    config = GaPConfig(sparsity=0.8, num_partitions=2, num_rounds=1)
+    whole = moe(tmp_path, config)
+    resumed = moe(tmp_path, config, resume=tmp_path / "checkpoint-6")
+    same_tensors(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    assert_masked_weights_are_zero(resumed)
+    saved = {
+        key for path in tmp_path.glob("checkpoint-6/*.safetensors") if "gap" not in path.name for key in load_file(path)
+    }
+    assert saved - whole.model.state_dict().keys()  # else this is not about names
+
+
+def test_the_best_model_is_loaded_too_where_it_has_other_names(tmp_path: Path) -> None:
+    config = GaPConfig(sparsity=0.8, num_partitions=2, num_rounds=1)
+    best = {"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = moe(tmp_path, config, **best)
+    assert trainer.state.best_model_checkpoint is not None
+    saved = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
+    same_tensors(dict(saved.state_dict()), dict(trainer.model.state_dict()))
+
+
+def test_a_checkpoint_without_some_of_these_weights_is_refused(tmp_path: Path) -> None:
+    config = GaPConfig(sparsity=0.8, num_partitions=2, num_rounds=1)
+    moe(tmp_path, config)
+    file = tmp_path / "checkpoint-6" / "model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if "layers.1.block_sparse_moe.gate" not in k}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(GaPError, match=r"has no weights for 'model.layers.1.mlp.gate.weight'"):
+        moe(tmp_path, config, resume=tmp_path / "checkpoint-6")

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel
 
 from _detection.data import Sample
 from _detection.scoring import average_precision, detect
@@ -27,6 +26,7 @@ class DetectionTrainer(GaPTrainer):
         figures: All figures of the last evaluation (`average_precision`).
     """
 
+    load_renamed_weights = True  # a dense DETR is resumed too
     dev: Sequence[Sample] = ()
     names: Sequence[str] = ()
     classes: Sequence[int] = ()
@@ -36,21 +36,6 @@ class DetectionTrainer(GaPTrainer):
         self.dev, self.names, self.classes = dev, names, classes
         self.found: dict[int, dict[str, np.ndarray]] = {}
         self.figures: dict[str, Any] = {}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_by_our_names(resume_from_checkpoint, self.model if model is None else model)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            self._load_by_our_names(self.state.best_model_checkpoint, self.model)
-
-    def _load_by_our_names(self, folder: str, model: nn.Module | None) -> None:
-        """DETR and others are saved under the names of their first releases, which Trainer does not translate back:
-        it would go on from weights that were never loaded (huggingface/transformers issue 43701)."""
-        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            model.load_state_dict(type(model).from_pretrained(folder, config=model.config).state_dict())
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

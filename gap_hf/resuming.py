@@ -1,0 +1,65 @@
+"""Weights back from a checkpoint whose files name them otherwise than the model does.
+
+transformers saves models such as Mixtral and DETR under the names of their first releases and translates these in
+`from_pretrained`. Trainer reads a checkpoint's files as they are: whatever is named otherwise is then not loaded, which is a warning, and training
+goes on from weights that were never trained (huggingface/transformers issue 43701).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from gap_hf.errors import GaPError
+from gap_hf.folder_files import keys_of, weight_files
+from gap_hf.shards import is_sharded
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class ResumeMixin(_Base):
+    """With GaP on, weights that a checkpoint names otherwise are loaded as `from_pretrained` loads them. Off, it is Trainer's.
+
+    Attributes:
+        load_renamed_weights: Do so without GaP too.
+    """
+
+    load_renamed_weights = False
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._gap_load_renamed(resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is None or not self._gap_load_renamed(best, None):
+            super()._load_best_model()
+
+    def _gap_load_renamed(self, folder: str, model: nn.Module | None) -> bool:
+        """Load a checkpoint if its files name weights otherwise. Returns False, and does nothing, if they do not.
+
+        Raises:
+            GaPError: if they do and cannot be loaded here.
+        """
+        model = self.model if model is None else model
+        wanted = self.load_renamed_weights or getattr(self, "_gap_on", False)
+        if not wanted or not isinstance(model, PreTrainedModel) or not Path(folder).is_dir():
+            return False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # these save by the model's own names
+            return False
+        renamed = {key for path in weight_files(Path(folder)) for key in keys_of(path)} - model.state_dict().keys()
+        if not renamed:
+            return False
+        if is_sharded(model):
+            raise GaPError(
+                f"{folder}: its files hold '{min(renamed)}', which the model names otherwise; a sharded {type(model).__name__} cannot be resumed from it"
+            )
+        found: Any = type(model).from_pretrained(folder, config=model.config, output_loading_info=True)
+        loaded, info = found
+        if missing := sorted(info["missing_keys"]):
+            raise GaPError(f"{folder}: has no weights for '{missing[0]}'")
+        model.load_state_dict(loaded.state_dict())
+        return True
