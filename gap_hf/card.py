@@ -90,7 +90,7 @@ def _fill(data: ModelCardData, facts: CardFacts, options: CardOptions, name: str
         if (value := getattr(options, key)) is not None:
             data[key] = value
     if data.get("pipeline_tag") is None:
-        data["pipeline_tag"] = auto_class(facts.architecture)[1]
+        data["pipeline_tag"] = auto_class(facts.architecture, facts.auto_map)[1]
     if options.datasets:
         data["datasets"] = list(options.datasets)
     datasets = _list(data.get("datasets"))

@@ -61,6 +61,7 @@ class CardFacts:
         layers: In order of the model.
         config: The gap section of the run.
         architecture: Of the model class.
+        auto_map: Of config.json.
         form: ``dense`` or ``packed``.
         steps: Optimizer steps of the run so far.
         seed: Of the run's masks.
@@ -75,6 +76,7 @@ class CardFacts:
     layers: tuple[Layer, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     architecture: str | None = None
+    auto_map: Mapping[str, Any] = field(default_factory=dict)
     form: str = "dense"
     steps: int | None = None
     seed: int | None = None
@@ -125,6 +127,7 @@ def facts_of(folder: Path, *, measure: bool = True) -> CardFacts:
         model_sparsity=header.get("model_sparsity"),
         config=header.get("config") or {},
         architecture=(config.get("architectures") or [None])[0],
+        auto_map=config.get("auto_map") or {},
         steps=header.get("step"),
         seed=header.get("seed"),
         scores=scores,

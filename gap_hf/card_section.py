@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from gap_hf.card_facts import CardFacts, Layer
-from gap_hf.card_loading import auto_class, loading
+from gap_hf.card_loading import auto_class, loading, own_code
 from gap_hf.tables import size_text
 
 METHODS = {
@@ -153,7 +153,12 @@ def _quality(facts: CardFacts, options: CardOptions) -> str:
 
 
 def _loading(facts: CardFacts, name: str) -> str:
-    lines = loading(name, auto_class(facts.architecture)[0], packed=facts.form == "packed")
+    lines = loading(
+        name,
+        auto_class(facts.architecture, facts.auto_map)[0],
+        packed=facts.form == "packed",
+        own=bool(own_code(facts.auto_map)),
+    )
     # What the masks were made for, so that they fit when they are given; other keys have no say over given masks.
     kept = {key: facts.config.get(key) for key in ("pattern", "include", "exclude", "overrides")}
     given = {"sparsity": facts.config.get("sparsity", float(f"{facts.sparsity:.4f}")), "method": "static"}

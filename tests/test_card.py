@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from point_toys import SIZES
 from safetensors.torch import load_file
 from test_saving import gpt2, mixtral, pruned
 from toys import CONFIG, Tokens, causal_lm
@@ -169,6 +173,27 @@ def test_packing_and_unpacking_change_how_the_card_says_it_is_loaded_and_nothing
     (tmp_path / "dense" / "README.md").write_bytes(b"\xff not ours\r\n")
     assert main(["pack", str(tmp_path / "dense"), str(tmp_path / "other")]) == 0
     assert (tmp_path / "other" / "README.md").read_bytes() == b"\xff not ours\r\n"
+
+
+def test_a_model_with_code_of_its_own_is_loaded_as_its_card_says(tmp_path: Path) -> None:
+    from gap_hf.models.pointnet2 import PointNet2Config, PointNet2ForPartSegmentation
+
+    model = PointNet2ForPartSegmentation(PointNet2Config(**SIZES))
+    save_pretrained(model, tmp_path / "dense", pruned(model))
+    save_pretrained(model, tmp_path / "packed", pruned(model), packed=True)
+    for form in ("dense", "packed"):
+        assert main(["card", str(tmp_path / form), "--repo", str(tmp_path / form)]) == 0
+        text = (tmp_path / form / "README.md").read_text()
+        code = text.split("```python\n")[1].split("```")[0]
+        assert ("import gap_hf" in code) == (form == "packed") and "AutoModel.from_pretrained" in code
+        run = subprocess.run(
+            [sys.executable, "-c", f"{code}\nprint(sum(int((p == 0).sum()) for p in model.parameters()))"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        )
+        assert run.returncode == 0, run.stderr
+        assert int(run.stdout.split()[-1]) == sum(int((p == 0).sum()) for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": {"stored_model", "tensor_files"},
     "tables": {"errors"},
     "card_facts": {"errors", "checkpoint", "folder_files", "folders", "uploads", *_STORED},
-    "card_loading": set(),
+    "card_loading": {"folder_files", "packed"},
     "card_section": {"card_facts", "card_loading", "tables"},
     "card": {"errors", "card_facts", "card_loading", "card_section", "tables"},
     "card_speed": {"errors", "folder_files", "packed"},
