@@ -182,7 +182,7 @@ def _look(bullet: Any, body: int, rng: np.random.Generator, size: int) -> tuple[
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the .npz file to write")
-    parser.add_argument("--clouds", type=int, default=8, help="poses of each robot")
+    parser.add_argument("--clouds", type=int, default=24, help="poses of each robot")
     parser.add_argument("--points", type=int, default=1024, help="points of each cloud")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
