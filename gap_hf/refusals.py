@@ -88,7 +88,9 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
             f"{found} flattens weights into vectors that hold no mask; set fsdp_version: 2 in training.fsdp_config, or "
             "in accelerate's own config"
         )
-    if config.method == "parallel" and (trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers):
+    # transformers 5.17 does not shard models while it loads them, and has no name for it.
+    sharded_by_transformers = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    if config.method == "parallel" and (trainer.is_fsdp_enabled or sharded_by_transformers):
         raise GaPError(
             "gap.method: 'parallel' trains whole replicas, and found a sharded model; expected DDP, or method: cyclic"
         )
