@@ -34,10 +34,11 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import detect_objects  # noqa: E402
 from _detection.data import DataSection, Sample, load_splits, read_coco  # noqa: E402
-from _detection.digits import make_digits, read_mnist  # noqa: E402
+from _detection.digits import make_digits  # noqa: E402
 from _detection.model import ModelSection, load_model  # noqa: E402
 from _detection.preparing import DetectionSet, ImageFormat, collate  # noqa: E402
 from _detection.scoring import average_precision, detect  # noqa: E402
+from _mnist import read_mnist  # noqa: E402
 
 TINY_SSD: dict[str, Any] = {"architecture": SMALL, "embedding_size": 4, "hidden_sizes": [8, 8, 16], "num_maps": 2}
 TINY_DETR: dict[str, Any] = {

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _mnist import read_mnist
 
-from _detection.digits import DIGITS, make_digits, read_mnist
+from _detection.digits import DIGITS, make_digits
 from gap_hf.errors import GaPError, nearest
 from gap_hf.recipe import one_line
 

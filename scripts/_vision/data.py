@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import random
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _mnist import read_mnist
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -24,7 +23,6 @@ SPLITS = ("train", "dev", "test")
 SCORED = ("test", "dev")
 FOLDERS = {"train": ("train",), "dev": ("dev", "val", "valid", "validation"), "test": ("test",)}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
-_IDX = {"train": "train", "test": "t10k"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,33 +254,10 @@ def _split(images: Images, share: float, seed: int, name: str) -> tuple[Images, 
 
 def _from_idx(folder: Path) -> dict[str, Images]:
     out = {}
-    for split, prefix in _IDX.items():
-        pixels = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
-        labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
-        if len(pixels) != len(labels):
-            raise GaPError(f"data.idx: {prefix} has {len(pixels)} images and {len(labels)} labels")
+    for split, part in (("train", "train"), ("test", "t10k")):
+        pixels, labels = read_mnist(folder, part)
         out[split] = Images(labels, [str(n) for n in range(10)], pixels=pixels[:, None])
-        if labels.max(initial=0) > 9:
-            raise GaPError(f"data.idx: {prefix} has label {labels.max()}, expected 0 to 9")
     return out
-
-
-def _read_idx(folder: Path, name: str, ndim: int) -> np.ndarray:
-    """An idx file of bytes: two zeros, type 8, the number of dimensions, each of them as a big-endian int32, then the values."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-    if path is None:
-        raise GaPError(f"data.idx: {folder} has no {name}, nor {name}.gz")
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        zeros, kind, found = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{ndim}I", raw[4 : 4 + 4 * ndim])
-    except (OSError, EOFError, struct.error) as error:
-        raise GaPError(f"data.idx: {path} cannot be read: {one_line(error)}") from None
-    size = int(np.prod(shape, dtype=np.int64))
-    if (zeros, kind, found) != (0, 8, ndim) or len(raw) != 4 + 4 * ndim + size:
-        raise GaPError(f"data.idx: {path} is no idx file of bytes with {ndim} dimensions, or was cut")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
 
 
 def _from_arrays(data: DataSection) -> Images:
