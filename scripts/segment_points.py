@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from _norms import RecalibratedTrainer
 from _points.data import PointClouds, PointData, load_shapes
 from _points.metrics import best_parts, nearest_neighbour_parts, part_scores
 from _points.model import ModelSection, load_model
@@ -29,7 +30,7 @@ from _points.section import DataSection
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 import gap_hf
-from gap_hf import GaPError, GaPTrainer, refusals
+from gap_hf import GaPError, refusals
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
 from gap_hf.planning import count_batches, count_optimizer_steps, format_summary, summarize
 from gap_hf.recipe import Recipe, load_recipe, one_line
@@ -40,10 +41,17 @@ RECIPE_FILE = "recipe.yaml"
 COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
 
 
-class PointTrainer(GaPTrainer):
-    """GaPTrainer whose predictions are parts (B, N), not logits: ShapeNet's are 50 numbers for each point."""
+class PointTrainer(RecalibratedTrainer):
+    """RecalibratedTrainer whose predictions are parts (B, N), not logits: ShapeNet's are 50 numbers for each point."""
 
     category_parts: Sequence[Sequence[int]] = ()
+
+    def plain_batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """Clouds without augmentation."""
+        clouds: Any = self.train_dataset
+        plain = PointClouds(clouds.shapes, clouds.data, seed=clouds.seed, training=False)
+        items = [plain[int(i)] for i in indices]
+        return {name: torch.stack([item[name] for item in items]) for name in ("points", "category")}
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -127,6 +135,7 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
         callbacks=[SetEpoch(clouds["train"])],
     )
     trainer.category_parts = shapes.category_parts
+    trainer.recalibrate = recipe.model.recalibrate_batchnorm
     output = Path(str(args.output_dir))
     if trainer.is_world_process_zero():
         if resume is None:
@@ -141,6 +150,7 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     train_seconds = time.perf_counter() - begin
+    trainer.keep_finished_weights()
     trainer.save_model()
     trainer.save_state()
 

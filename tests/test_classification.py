@@ -145,6 +145,16 @@ def test_the_score_is_that_of_the_saved_model(finished: Path, idx: Path) -> None
     assert json.loads((out / "results.json").read_text())["top1"] == accuracy(best.numpy(), test.labels)["top1"]
 
 
+def test_batch_norms_of_the_saved_model_are_of_the_batches_that_were_asked_for(finished: Path) -> None:
+    counts = {n: int(v) for n, v in load_file(finished / "out/model.safetensors").items() if "num_batches" in n}
+    assert counts and set(counts.values()) == {4}
+    # Checkpoints hold what training has, for it to go on from.
+    counts = {
+        n: int(v) for n, v in load_file(finished / "out/checkpoint-16/model.safetensors").items() if "num_batches" in n
+    }
+    assert set(counts.values()) == {16}
+
+
 def test_averaged_weights_obey_the_masks_of_every_checkpoint(finished: Path) -> None:
     for step in (8, 16):
         folder = finished / "out" / f"checkpoint-{step}"

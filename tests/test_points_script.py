@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from point_toys import SIZES, write_npz
-from transformers import AutoModel
+from transformers import AutoModel, TrainingArguments
 
 from gap_hf.models import PointNet2Config, PointNet2ForPartSegmentation
 from gap_hf.planning import summarize
@@ -23,6 +23,7 @@ from gap_hf.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import segment_points  # noqa: E402
+from _points.data import PointClouds, load_shapes  # noqa: E402
 from _points.model import ModelSection  # noqa: E402
 from _points.section import DataSection  # noqa: E402
 
@@ -58,10 +59,21 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
     return path
 
 
+def reference_clouds(*, folder: Path, batches: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The first batches of the training clouds in the order that the seed gives, without augmentation."""
+    words = {"model_cls": ModelSection, "data_cls": DataSection, "training_cls": TrainingArguments}
+    recipe = load_recipe(folder / "recipe.yaml", [], **words)
+    clouds = PointClouds(load_shapes(recipe.data).splits["train"], recipe.data, seed=3, training=False)
+    order = np.random.default_rng(3).permutation(len(clouds))
+    for start in range(0, 4 * batches, 4):
+        items = [clouds[int(i)] for i in order[start : start + 4]]
+        yield {name: torch.stack([item[name] for item in items]) for name in ("points", "category")}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("points")
-    recipe = write_recipe(folder, data={"rotate": "z", "jitter": 0.01})
+    recipe = write_recipe(folder, data={"rotate": "z", "jitter": 0.01}, model={"recalibrate_batchnorm": 2})
     assert segment_points.main([str(recipe), "--training.seed=3"]) == 0
     yield folder
 
@@ -90,6 +102,16 @@ def test_it_ends_with_everything_in_the_folder(finished: Path) -> None:
         )
     }
     model = AutoModel.from_pretrained(output)
+    # Batch norms are of the two batches that were asked for, averaged alike: a plain reference.
+    clouds, norm = reference_clouds(folder=finished, batches=2), model.abstractions[0].scales[0][1]
+    inputs: list[torch.Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        for batch in clouds:
+            model(**batch)
+    handle.remove()
+    assert norm.num_batches_tracked == 2
+    assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x in inputs]).mean(0), atol=1e-5)
     zeros = {layer["name"]: layer["numel"] - layer["live"] for layer in results["layers"]}
     assert {name: int((model.get_parameter(name) == 0).sum()) for name in zeros} == zeros
     with np.load(output / "predictions.npz") as saved:

@@ -36,16 +36,21 @@ class ModelSection:
         type: ``gap_hf_pointnet2`` or ``gap_hf_point_transformer``.
         config: Keys of `PointNet2Config` or `PointTransformerConfig`. What the data says (num_parts, num_categories,
             num_features, category_parts) may be left out; ``gap-hf plan``, which reads no data, counts by what is here.
+        recalibrate_batchnorm: Batches of training clouds on which batch norms' statistics are estimated anew before each evaluation
+            and at the end; 0 leaves what training has averaged, which very sparse networks should not rely on.
     """
 
     checkpoint: Path | None = None
     type: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    recalibrate_batchnorm: int = 0
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.type is None):
             found = "neither" if self.type is None else "both"
             raise GaPError(f"model.type: found {found} of type and checkpoint, expected one of the two")
+        if self.recalibrate_batchnorm < 0:
+            raise GaPError(f"model.recalibrate_batchnorm: found {self.recalibrate_batchnorm}, expected at least 0")
         if self.checkpoint is not None:
             if self.config:
                 raise GaPError("model.config: contradicts model.checkpoint, which has its own; expected model.type")

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _norms import RecalibratedTrainer
 from safetensors.torch import load_file, save_file
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from transformers import TrainerCallback
 
 from _vision.data import DataSection, Images, drawn_from
 from _vision.model import ModelSection, make_optimizer, make_schedule
-from gap_hf import GaPTrainer
 from gap_hf.errors import GaPError
 
 AVERAGE = "average.safetensors"
@@ -137,14 +135,13 @@ def make_mixup(data: DataSection, num_classes: int, smoothing: float) -> Mixup |
     return Mixup(data.mixup, data.cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
 
-class ClassificationTrainer(GaPTrainer):
-    """GaPTrainer on labelled images. `attach` comes before `train`."""
+class ClassificationTrainer(RecalibratedTrainer):
+    """RecalibratedTrainer on labelled images. `attach` comes before `train`."""
 
     section: ModelSection
     train_batches: Batches
     plain_batches: Batches
     average: WeightAverage | None = None
-    recalibrate: int = 0
 
     def attach(self, section: ModelSection, train_batches: Batches, plain_batches: Batches) -> None:
         """What the recipe's `model` section says of training, and how its images become batches, with and without moving them."""
@@ -195,50 +192,26 @@ class ClassificationTrainer(GaPTrainer):
         loss = F.cross_entropy(outputs.logits, labels, label_smoothing=smoothing)
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.finished_weights():
-            return super().evaluate(*args, **kwargs)
+    def plain_batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Images as evaluation sees them."""
+        images: Any = self.train_dataset
+        assert isinstance(images, Images)
+        plain = images.plain()
+        return {"pixel_values": self.plain_batches([plain[int(i)] for i in indices])["pixel_values"]}
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self.finished_weights():
-            return super().predict(*args, **kwargs)
+    def differs_when_finished(self) -> bool:
+        return self.average is not None or super().differs_when_finished()
 
-    @contextmanager
-    def finished_weights(self) -> Iterator[None]:
-        """In it the model is what would be saved: averaged weights, re-estimated batch norms, as the recipe has them."""
-        assert self.model is not None
-        if self.average is None and not self.recalibrate:
-            yield
-            return
-        before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        try:
-            self._finish()
-            yield
-        finally:
-            self.model.load_state_dict(before)
-
-    def keep_finished_weights(self) -> None:
-        """At the end of training: what `finished_weights` gives, for good."""
-        self._finish()
-        self.average, self.recalibrate = None, 0
-
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """The average, if there is one, with its batch norms estimated anew, if that is asked for."""
         assert self.model is not None
         if self.average is not None:
             self.model.load_state_dict(self.average.state())
-        has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
-        if self.recalibrate and has_norms:
-            update_bn(self._plain_images(self.recalibrate), self.model, device=self.args.device)
+        super().finish()
 
-    def _plain_images(self, batches: int) -> Iterator[Tensor]:
-        """Training images as evaluation sees them, drawn by the seed alone: equal on every rank and at every call."""
-        images: Any = self.train_dataset
-        assert isinstance(images, Images)
-        size = self.args.per_device_train_batch_size
-        order = np.random.default_rng(self.args.seed).permutation(len(images))
-        plain = images.plain()
-        for start in range(0, min(batches * size, len(order) - size + 1), size):
-            yield self.plain_batches([plain[int(i)] for i in order[start : start + size]])["pixel_values"]
+    def keep_finished_weights(self) -> None:
+        super().keep_finished_weights()
+        self.average = None
 
 
 class _NewDraws(TrainerCallback):
