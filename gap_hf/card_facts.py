@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import sys
@@ -18,7 +17,7 @@ from gap_hf.errors import GaPError
 from gap_hf.folder_files import is_packed, read_config, weight_files
 from gap_hf.folders import pack_folder, unpack_folder
 from gap_hf.inspection import TensorFacts, inspect_model, totals
-from gap_hf.stored_model import open_model
+from gap_hf.stored_model import open_model, read_object
 from gap_hf.uploads import files_of
 
 # Files that hold the scores of a run, the first that is there: of scripts/translate.py, then Trainer's.
@@ -51,6 +50,10 @@ class Layer:
     @property
     def sparsity(self) -> float:
         return 1 - self.live / self.weights
+
+    def cells(self) -> list[str]:
+        """Shape, weights, live ones, and the share of zeros, as tables show them."""
+        return ["×".join(map(str, self.shape)), f"{self.weights:,}", f"{self.live:,}", f"{self.sparsity:.2%}"]
 
 
 @dataclass(frozen=True)
@@ -193,9 +196,9 @@ def scores_of(source: Path) -> tuple[dict[str, float], str | None]:
     files = [source] if source.is_file() else [source / name for name in SCORE_FILES]
     found = next((path for path in files if path.is_file()), None)
     if found is None and (source / _STATE).is_file():
-        log = _read(source / _STATE).get("log_history")
+        log = read_object(source / _STATE).get("log_history")
         return scores_in([entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else [])
-    values = {} if found is None else _read(found)
+    values = {} if found is None else read_object(found)
     split = values.get("scored")
     if split is None and any(key.startswith("eval_") for key in values):
         split = "the evaluation set"
@@ -208,16 +211,6 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items()
         if type(value) in (int, float) and not key.startswith("num_") and not any(word in key for word in _NO_SCORES)
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GaPError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise GaPError(f"{path}: holds {type(value).__name__}, expected an object")
-    return value
 
 
 def _bytes(folder: Path) -> int:

@@ -106,7 +106,7 @@ def _fact_rows(facts: CardFacts) -> list[list[str]]:
 
 def _layers(facts: CardFacts) -> str:
     head = ["shape", "weights", "live", "zeros"]
-    rows = [[f"`{layer.name}`", *_counts([layer])] for layer in facts.layers]
+    rows = [[f"`{layer.name}`", *layer.cells()] for layer in facts.layers]
     table = _table(["layer", *head], rows)
     if len(rows) <= _MANY_LAYERS:
         return table

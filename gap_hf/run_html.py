@@ -128,10 +128,7 @@ def _prunes(run: RunRecord) -> list[str]:
 
 
 def _layers(run: RunRecord) -> list[str]:
-    rows = [
-        [layer.name, "×".join(map(str, layer.shape)), f"{layer.weights:,}", f"{layer.live:,}", f"{layer.sparsity:.2%}"]
-        for layer in run.facts.layers
-    ]
+    rows = [[layer.name, *layer.cells()] for layer in run.facts.layers]
     table = _table(["layer", "shape", "weights", "live", "zeros"], rows)
     parts = _section(
         "Layers",

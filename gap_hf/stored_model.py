@@ -127,7 +127,7 @@ def open_model(source: str, *, revision: str | None = None, token: str | None = 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        shards = _json(index).get("weight_map")
+        shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise GaPError(f"{index}: has no weight_map of keys to files")
         files = [folder / Path(name).name for name in sorted(set(shards.values()))]
@@ -152,7 +152,7 @@ def _model(source: str, folder: Path, files: list[Path], *, single: bool) -> Sto
                 )
             found[key] = entry
     masks: dict[str, TensorEntry] = {}
-    recorded = _json(folder / CONFIG) if not single and (folder / CONFIG).is_file() else {}
+    recorded = read_object(folder / CONFIG) if not single and (folder / CONFIG).is_file() else {}
     if recorded and (folder / MASKS).is_file():
         masks = {k.removeprefix("mask/"): e for k, e in entries(folder / MASKS).items() if k.startswith("mask/")}
     tensors: dict[str, StoredTensor] = {}
@@ -200,7 +200,8 @@ def _dense(entry: TensorEntry, bits: TensorEntry | None) -> StoredTensor:
     return StoredTensor(entry.key, entry.dtype, entry.shape, entry, bits=bits)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises GaPError if the file holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

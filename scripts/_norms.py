@@ -6,6 +6,7 @@ evaluation may then fail where training is well (docs/lab-notebook.md has both, 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,9 +27,9 @@ class RecalibratedTrainer(GaPTrainer):
 
     recalibrate: int = 0
 
+    @abstractmethod
     def plain_batch(self, indices: np.ndarray) -> Mapping[str, Tensor]:
         """A batch of the training data, not augmented: the model's arguments."""
-        raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.finished_weights():

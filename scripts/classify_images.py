@@ -22,6 +22,7 @@ import timm
 import torch
 import transformers
 import yaml
+from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
 from _vision.data import DataSection, Images, load_images
 from _vision.model import ModelSection, check_training, load_model
 from _vision.scoring import accuracy, best_classes, draw_mistakes
@@ -31,15 +32,12 @@ from transformers import TrainingArguments, set_seed
 import gap_hf
 from gap_hf import GaPError, refusals
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
-from gap_hf.planning import count_batches, count_optimizer_steps, format_summary, summarize
+from gap_hf.planning import count_batches, count_optimizer_steps
 from gap_hf.recipe import Recipe, load_recipe, one_line
 from gap_hf.report import run_figure
 from gap_hf.tables import text_table
 
 ImageRecipe = Recipe[ModelSection, DataSection]
-RECIPE_FILE = "recipe.yaml"
-# Shares of a dense run of the same length.
-COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +64,7 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
     # Examples are no rows of columns.
     args: TrainingArguments = recipe.training_arguments(partial(TrainingArguments, remove_unused_columns=False))
     check_arguments(recipe, args, plan_only=plan_only)
-    reference = read_reference(data.reference)
+    reference = read_reference(data.reference, ("top1",))
     resume = None if plan_only else checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
     set_seed(args.seed)
     with args.main_process_first(desc="loading the data"):
@@ -80,14 +78,9 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
 
     total_steps, steps_per_epoch = count_optimizer_steps(count_batches(len(splits["train"]), args), args)
     check_training(section, model, args, total_steps)
-    cost = {"average_density": 1.0, **dict.fromkeys(COSTS, 1.0)}
-    if not recipe.gap.is_off:
-        # Targets, pattern, partition and phases are all worked out here, for their errors.
-        summary = summarize(model, recipe.gap, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=args.seed)
-        if plan_only:
-            print(format_summary(summary))
-            return
-        cost = {name: summary[name] for name in cost}
+    cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
+    if cost is None:
+        return
 
     of_pixels = None if data.needs_pictures else norm
     mixup = make_mixup(data, len(splits["train"].classes), args.label_smoothing_factor)
@@ -171,25 +164,6 @@ def image_size(images: Images, data: DataSection) -> tuple[int, int, int]:
     if images.pixels is None:
         return (images.channels, 224, 224)
     return (images.channels, *images.pixels.shape[2:])
-
-
-def sparsity_of(trainer: ClassificationTrainer, model: Any) -> dict[str, Any]:
-    if trainer.gap is None:
-        return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
-    return trainer.gap.report()
-
-
-def read_reference(path: Path | None) -> dict[str, Any] | None:
-    """A recorded run to compare with. Raises GaPError if it is no results file."""
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "top1": float(found["top1"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GaPError(
-            f"data.reference: {path} is no results.json ({one_line(repr(error))}); expected top1 in it"
-        ) from None
 
 
 def table(results: dict[str, Any], reference: dict[str, Any] | None) -> str:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
@@ -25,21 +24,19 @@ from _detection.data import DataSection, load_splits
 from _detection.drawing import draw_detections
 from _detection.model import ModelSection, load_model
 from _detection.preparing import DetectionSet, collate
-from _detection.results import read_reference, results_table
+from _detection.results import SCORES, results_table
 from _detection.training import DetectionTrainer
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
+from transformers import TrainingArguments, set_seed
 
 import gap_hf
 from gap_hf import GaPError, refusals
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
-from gap_hf.planning import count_batches, count_optimizer_steps, format_summary, summarize
+from gap_hf.planning import count_batches, count_optimizer_steps
 from gap_hf.recipe import Recipe, load_recipe, one_line
 from gap_hf.report import run_figure
 
 DetectionRecipe = Recipe[ModelSection, DataSection]
-RECIPE_FILE = "recipe.yaml"
-# Shares of a dense run of the same length.
-COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +69,7 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
     # A plan needs no processes, and finds by itself what contradicts its length.
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
-    reference = read_reference(data.reference)
+    reference = read_reference(data.reference, tuple(SCORES))
     resume = None if plan_only else checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
 
     splits = load_splits(data)
@@ -83,14 +80,9 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
     dev_set = DetectionSet(splits.dev, form, classes=classes)
 
     total_steps, steps_per_epoch = count_optimizer_steps(count_batches(len(train_set), args), args)
-    cost = {"average_density": 1.0, **dict.fromkeys(COSTS, 1.0)}
-    if not recipe.gap.is_off:
-        # Targets, pattern, partition and phases are all worked out here, for their errors.
-        summary = summarize(model, recipe.gap, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=args.seed)
-        if plan_only:
-            print(format_summary(summary))
-            return
-        cost = {name: summary[name] for name in cost}
+    cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
+    if cost is None:
+        return
 
     trainer = DetectionTrainer(
         model=model,
@@ -145,12 +137,6 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
         print("\n" + results_table(results, reference=reference))
         pictures = "detections.png and plot.png" if shown else "plot.png"
         print(f"saved in {output}: the model, {RECIPE_FILE}, results.json, {pictures}")
-
-
-def sparsity_of(trainer: DetectionTrainer, model: PreTrainedModel) -> dict[str, Any]:
-    if trainer.gap is None:
-        return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
-    return trainer.gap.report()
 
 
 if __name__ == "__main__":

@@ -27,18 +27,17 @@ from _points.metrics import best_parts, nearest_neighbour_parts, part_scores
 from _points.model import ModelSection, load_model
 from _points.render import Drawn, draw_clouds, table
 from _points.section import DataSection
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import gap_hf
 from gap_hf import GaPError, refusals
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
-from gap_hf.planning import count_batches, count_optimizer_steps, format_summary, summarize
+from gap_hf.planning import count_batches, count_optimizer_steps
 from gap_hf.recipe import Recipe, load_recipe, one_line
 from gap_hf.report import run_figure
 
 PointRecipe = Recipe[ModelSection, DataSection]
-RECIPE_FILE = "recipe.yaml"
-COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
 
 
 class PointTrainer(RecalibratedTrainer):
@@ -116,14 +115,9 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
     set_seed(args.seed)  # the same weights, whatever came before
     model = load_model(recipe.model, data, shapes)
     total_steps, steps_per_epoch = count_optimizer_steps(count_batches(len(clouds["train"]), args), args)
-    cost = {"average_density": 1.0, **dict.fromkeys(COSTS, 1.0)}
-    if not recipe.gap.is_off:
-        # Targets, pattern, partition and phases are all worked out here, for their errors.
-        summary = summarize(model, recipe.gap, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=args.seed)
-        if plan_only:
-            print(format_summary(summary))
-            return
-        cost = {name: summary[name] for name in cost}
+    cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
+    if cost is None:
+        return
 
     trainer = PointTrainer(
         model=model,
@@ -180,7 +174,7 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
             found = sum(map(len, examples(clouds["train"], data).values()))
             results["baseline"] = {**scores_of(nearest, scored, shapes), "num_examples": found}
         write_outputs(output, results, predicted, nearest, scored, shapes, trainer)
-        print("\n" + table(results, read_reference(data.reference)))
+        print("\n" + table(results, read_reference(data.reference, ("point_accuracy",))))
         print(f"saved in {output}: the model, {RECIPE_FILE}, results.json, predictions.npz, clouds.png and plot.png")
 
 
@@ -192,7 +186,7 @@ def check_arguments(recipe: PointRecipe, args: TrainingArguments, *, plan_only: 
         )
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
-    read_reference(recipe.data.reference)
+    read_reference(recipe.data.reference, ("point_accuracy",))
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -242,25 +236,6 @@ def baseline(scored: PointClouds, training: PointClouds, data: DataSection) -> n
     found = examples(training, data)
     items = (scored[i] for i in range(len(scored)))
     return np.stack([nearest_neighbour_parts(x["points"][:, :3], int(x["category"]), found) for x in items])
-
-
-def sparsity_of(trainer: PointTrainer, model: PreTrainedModel) -> dict[str, Any]:
-    if trainer.gap is None:
-        return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
-    return trainer.gap.report()
-
-
-def read_reference(path: Path | None) -> dict[str, Any] | None:
-    """A recorded run to compare with. Raises GaPError if it is no results file."""
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "point_accuracy": float(found["point_accuracy"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GaPError(
-            f"data.reference: {path} is no results.json ({one_line(repr(error))}); expected point_accuracy in it"
-        ) from None
 
 
 def write_outputs(

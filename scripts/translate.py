@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
 from _translation.batching import TokenBatches, TokenBatchSampler
 from _translation.data import DataSection, load_pairs
 from _translation.model import ModelSection, load_model, load_tokenizer
@@ -35,7 +36,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Seq2SeqTrainingArguments,
     set_seed,
@@ -44,14 +44,11 @@ from transformers import (
 import gap_hf
 from gap_hf import GaPError, GaPSeq2SeqTrainer, refusals
 from gap_hf.output import checkpoint_to_resume, remove_earlier_run
-from gap_hf.planning import count_batches, count_optimizer_steps, format_summary, summarize
+from gap_hf.planning import count_batches, count_optimizer_steps
 from gap_hf.recipe import Recipe, load_recipe, one_line
 from gap_hf.report import plot_run, results_table
 
 TranslationRecipe = Recipe[ModelSection, DataSection]
-RECIPE_FILE = "recipe.yaml"
-# Shares of a dense run of the same length.
-COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
 
 
 class TranslationTrainer(TokenBatches, GaPSeq2SeqTrainer):
@@ -132,14 +129,9 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
 
     sampler = make_sampler(tokens["train"], recipe, args)
     total_steps, steps_per_epoch = count_steps(len(tokens["train"]), sampler, args)
-    cost = {"average_density": 1.0, **dict.fromkeys(COSTS, 1.0)}
-    if not recipe.gap.is_off:
-        # Targets, pattern, partition and phases are all worked out here, for their errors.
-        summary = summarize(model, recipe.gap, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=args.seed)
-        if plan_only:
-            print(format_summary(summary))
-            return
-        cost = {name: summary[name] for name in cost}
+    cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
+    if cost is None:
+        return
 
     scorer = Scorer(lowercase=data.lowercase_bleu)
     references = {split: pairs[split]["target"] for split in ("dev", "test")}
@@ -199,7 +191,7 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
             "sentence_statistics": scorer.sentence_statistics(translations, references[scored]),
         }
         write_outputs(output, results, translations, trainer)
-        print("\n" + results_table(results, reference=read_reference(data.reference)))
+        print("\n" + results_table(results, reference=read_reference(data.reference, ("bleu", "chrf"))))
         print(f"saved in {output}: the model, {RECIPE_FILE}, results.json, translations.txt and plot.png")
 
 
@@ -213,7 +205,7 @@ def check_arguments(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments, *
     # A plan needs no processes, and finds by itself what contradicts its length.
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
-    read_reference(recipe.data.reference)
+    read_reference(recipe.data.reference, ("bleu", "chrf"))
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataSection, split: str) -> Dataset:
@@ -295,25 +287,6 @@ def score_by_origin(scorer: Scorer, translations: Sequence[str], pairs: Dataset)
         mine = [(text, reference) for name, text, reference in rows if name == origin]
         out[origin] = {**scorer([t for t, _ in mine], [r for _, r in mine]), "pairs": len(mine)}
     return out
-
-
-def sparsity_of(trainer: TranslationTrainer, model: PreTrainedModel) -> dict[str, Any]:
-    if trainer.gap is None:
-        return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
-    return trainer.gap.report()
-
-
-def read_reference(path: Path | None) -> dict[str, Any] | None:
-    """A recorded run to compare with. Raises GaPError if it is no results file."""
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "bleu": float(found["bleu"]), "chrf": float(found["chrf"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GaPError(
-            f"data.reference: {path} is no results.json ({one_line(repr(error))}); expected bleu and chrf in it"
-        ) from None
 
 
 def write_outputs(output: Path, results: dict[str, Any], translations: Sequence[str], trainer: Any) -> None:

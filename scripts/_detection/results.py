@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from gap_hf.errors import GaPError
-from gap_hf.recipe import one_line
 from gap_hf.tables import text_table
 
 SCORES = {"map": "mAP@[.5:.95]", "map_50": "mAP@50"}
-
-
-def read_reference(path: Path | None) -> dict[str, Any] | None:
-    """A recorded run to compare with. Raises GaPError if it is no results file of a detection run."""
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, **{name: float(found[name]) for name in SCORES}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GaPError(
-            f"data.reference: {path} is no results.json ({one_line(repr(error))}); expected {', '.join(SCORES)} in it"
-        ) from None
 
 
 def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | None = None) -> str:

@@ -1,0 +1,67 @@
+"""What the scripts that train from a recipe have in common: its cost, the recorded run beside it, its sparsity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from gap_hf import GaPError
+from gap_hf.planning import format_summary, summarize
+from gap_hf.recipe import Recipe, one_line
+
+RECIPE_FILE = "recipe.yaml"
+# Shares of a dense run of the same length.
+COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
+
+
+def cost_of(
+    recipe: Recipe[Any, Any],
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    length: tuple[int, Fraction | None],
+    *,
+    plan_only: bool,
+) -> dict[str, float] | None:
+    """Average density and `COSTS`. With `plan_only` the plan is printed instead, and None returned.
+
+    Targets, pattern, partition and phases are all worked out here, for their errors.
+
+    Args:
+        length: Optimizer steps of the run and of an epoch.
+
+    Raises:
+        GaPError: for anything that GaPTrainer would refuse about the model, the targets or the length.
+    """
+    if recipe.gap.is_off:
+        return {"average_density": 1.0, **dict.fromkeys(COSTS, 1.0)}
+    total_steps, steps_per_epoch = length
+    summary = summarize(model, recipe.gap, total_steps=total_steps, steps_per_epoch=steps_per_epoch, seed=args.seed)
+    if plan_only:
+        print(format_summary(summary))
+        return None
+    return {name: summary[name] for name in ("average_density", *COSTS)}
+
+
+def read_reference(path: Path | None, scores: Sequence[str]) -> dict[str, Any] | None:
+    """A recorded run to compare with. Raises GaPError if it is no results file with these scores."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, **{name: float(found[name]) for name in scores}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GaPError(
+            f"data.reference: {path} is no results.json ({one_line(repr(error))}); expected {' and '.join(scores)} in it"
+        ) from None
+
+
+def sparsity_of(trainer: Any, model: PreTrainedModel) -> dict[str, Any]:
+    """What the masks say, or the same keys of a dense run."""
+    if trainer.gap is None:
+        return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
+    return trainer.gap.report()
