@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from gap_hf import GaPError
 from gap_hf.planning import format_summary, summarize
@@ -65,3 +65,14 @@ def sparsity_of(trainer: Any, model: PreTrainedModel) -> dict[str, Any]:
     if trainer.gap is None:
         return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
     return trainer.gap.report()
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the data its epoch; after a resume the Trainer's own call does not reach it in all versions."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A sum of shares of an epoch may lie just below the whole number.
+        self.data.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -27,8 +27,8 @@ from _points.metrics import best_parts, nearest_neighbour_parts, part_scores
 from _points.model import ModelSection, load_model
 from _points.render import Drawn, draw_clouds, table
 from _points.section import DataSection
-from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from _run import RECIPE_FILE, SetEpoch, cost_of, read_reference, sparsity_of
+from transformers import TrainingArguments, set_seed
 
 import gap_hf
 from gap_hf import GaPError, refusals
@@ -57,16 +57,6 @@ class PointTrainer(RecalibratedTrainer):
         if isinstance(logits, torch.Tensor):
             logits = best_parts(logits, inputs["category"].to(logits.device), self.category_parts)
         return loss, logits, labels
-
-
-class SetEpoch(TrainerCallback):
-    """Tells the data its epoch; after a resume the Trainer's own call does not reach it in all versions."""
-
-    def __init__(self, clouds: PointClouds) -> None:
-        self.clouds = clouds
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clouds.set_epoch(int(state.epoch or 0))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

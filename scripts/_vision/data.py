@@ -147,6 +147,9 @@ class Images(Dataset):
         self.seed = self.epoch = 0
         self._open = open
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _norms import RecalibratedTrainer
+from _run import SetEpoch
 from safetensors.torch import load_file, save_file
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
@@ -149,7 +150,9 @@ class ClassificationTrainer(RecalibratedTrainer):
         self.recalibrate = section.recalibrate_batchnorm
         # Its loss is a mean, which Trainer has to divide by the accumulation's length.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(_NewDraws(self))
+        images: Any = self.train_dataset
+        images.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.add_callback(SetEpoch(images))
         if section.average_decay is not None:
             self.average = WeightAverage(self, section.average_decay)
             self.add_callback(self.average)
@@ -212,18 +215,6 @@ class ClassificationTrainer(RecalibratedTrainer):
     def keep_finished_weights(self) -> None:
         super().keep_finished_weights()
         self.average = None
-
-
-class _NewDraws(TrainerCallback):
-    """Other augmentations in every epoch, the same ones in every run of it."""
-
-    def __init__(self, trainer: ClassificationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        images: Any = self.trainer.train_dataset
-        images.seed = args.seed if args.data_seed is None else args.data_seed
-        images.epoch = int((state.epoch or 0) + 1e-6)
 
 
 class WeightAverage(TrainerCallback):
