@@ -25,7 +25,7 @@ _FIXED = struct.Struct("<4sBBBBQ")
 _MAX_DIMS, _MAX_NUMEL = 8, 2**48
 # Deflate never makes more than this many bytes of one, so a shorter payload cannot hold what its header promises.
 _MAX_RATIO = 1032
-_CHUNK = 1 << 20
+_CHUNK = 1 << 15  # bytes of bits that are looked through at a time: unpacked they fit a cache
 _SKIP = 255  # in gaps: this many dead blocks, and no live one after them
 
 
@@ -166,8 +166,7 @@ def _places_of_gaps(payload: np.ndarray, header: MaskHeader, expected: int) -> n
     # The end counts as one more live block, so that the gaps have to add up to the whole grid.
     gaps = _inflate(payload, expected + 1 + header.num_blocks // _SKIP)
     marks = gaps != _SKIP
-    places = np.cumsum(gaps, dtype=np.int64)
-    places += np.cumsum(marks, dtype=np.int64)
+    places = np.cumsum(gaps + marks, dtype=np.int64)  # 254 + 1 and 255 + 0: both are bytes still
     places -= 1
     if not gaps.size or not marks[-1] or places[-1] != header.num_blocks:
         raise PackedError(f"the mask's gaps do not add up to its {header.num_blocks} blocks")
