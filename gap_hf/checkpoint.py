@@ -31,7 +31,7 @@ CONFIG_NAME = "gap_config.json"
 MASKS_NAME = "gap_masks.safetensors"
 VERSION = 2  # 2: a plan has updates and levels
 # What a resume may change: it bears on how training ends or how gradients travel, not on any mask.
-_FREE_KEYS = ("best_model_at_target", "prune_if_stopped", "live_gradients")
+_FREE_KEYS = ("best_model_at_target", "prune_if_stopped", "live_gradients", "live_state")
 
 
 @dataclass(frozen=True)

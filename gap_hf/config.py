@@ -108,8 +108,7 @@ class GaPConfig:
     training. With none given, `num_rounds` is 2 and `fine_tune_share` 0.25.
 
     Args:
-        sparsity: Target share of zeros of the prunable weights, 0 < s < 1. May be left out where the pattern
-            implies it (``2:4`` is 0.5).
+        sparsity: Target share of zeros of the prunable weights, 0 < s < 1. May be left out where the pattern gives it (``2:4``).
         method: ``cyclic`` (C-GaP), ``random`` (each phase draws its tensors anew), ``parallel`` (P-GaP: every
             group at the same time, each grown by its own worker, `gap_hf.methods.parallel`), one of the baselines
             ``static``, ``oneshot``, ``gmp``, ``set``, ``rigl``, ``acdc`` and ``mest`` (each in its file of
@@ -122,8 +121,7 @@ class GaPConfig:
             `gradient_accumulation_steps` has to be a multiple of `num_partitions`. Both give the same model.
         phase_steps: Length of a phase in optimizer steps.
         phase_epochs: The same in epochs, fractions allowed.
-        fine_tune_share: Share of the optimizer steps left to the fine-tune, 0 < share < 1: in every method
-            the last stretch, in which masks are frozen at the target.
+        fine_tune_share: Share of the steps left to the fine-tune, 0 < share < 1: in every method the last stretch, masks frozen.
         dense_share: Share of the optimizer steps before the first prune, in methods that start dense.
         ramp_share: Share of the steps before the fine-tune over which the groups that are not grown go from
             dense to their target (1 by default; 0: they start at it with their first masks, as in the paper).
@@ -137,9 +135,8 @@ class GaPConfig:
         pattern: ``unstructured``, ``N:M``, ``block:RxC`` (R outputs by C inputs), ``transposable:2:4``.
         initial_mask: First masks of the groups that start sparse: ``random``, or ``magnitude`` for a model
             that is trained already. Groups that start dense, as all do under a ramp, need none.
-        optimizer_reset: Which optimizer moments a change of masks clears: of the entries whose mask ``changed``,
-            where a phase begins those of ``all`` parameters (as the authors), or of ``none``. docs/decisions.md
-            says what becomes of Adam's step count.
+        optimizer_reset: Which optimizer moments a change of masks clears: of the entries whose mask ``changed``, of ``all``
+            parameters where a phase begins (as the authors), or of ``none``. docs/decisions.md tells of Adam's step count.
         lr_schedule: ``whole`` (one schedule over the run) or ``restart`` (one per phase, as the authors).
         lr_peaks: With ``restart``, the peak over the phases: ``constant``, ``linear``, ``cosine`` or ``step``
             (halved each round). The fine-tune always starts from the full peak.
@@ -147,10 +144,11 @@ class GaPConfig:
             Conv1D (GPT-2's), convolution and expert weight inside the transformer blocks or network stages.
         exclude: The same, taken away from what `include` found.
         overrides: Glob (or module type) to sparsity, 0 for dense; the first that matches a weight counts.
-        partition: ``balanced`` (the contiguous split of whole blocks with the smallest largest group),
-            ``random``, or explicit groups, each a list of globs.
+        partition: ``balanced`` (the contiguous split of whole blocks with the smallest largest group), ``random``, or lists
+            of globs, one for each group.
         best_model_at_target: Only a checkpoint at the final sparsity may become Trainer's best model.
         prune_if_stopped: If training is stopped before the fine-tune, prune to the target before it returns.
+        live_state: Keep the optimizer's state of live weights only (`gap_hf.live_state`).
         live_gradients: Under DDP send only the gradients of live weights. None: with more than one process, if the
             target leaves less than 0.6 of the weights; true: with more than one process; false: DDP's own all-reduce.
         seed: Seed of random masks, partitions and draws; None takes `TrainingArguments.seed`.
@@ -185,13 +183,14 @@ class GaPConfig:
     partition: str | tuple[tuple[str, ...], ...] = "balanced"
     best_model_at_target: bool = True
     prune_if_stopped: bool = False
+    live_state: bool = False
     live_gradients: bool | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
             check_choice(name, getattr(self, name), valid)
-        for name in ("best_model_at_target", "prune_if_stopped"):
+        for name in ("best_model_at_target", "prune_if_stopped", "live_state"):
             if not isinstance(getattr(self, name), bool):
                 raise GaPError(f"gap.{name}: found {getattr(self, name)!r}, expected true or false")
         if not (self.live_gradients is None or isinstance(self.live_gradients, bool)):
@@ -228,6 +227,9 @@ class GaPConfig:
                 f"gap.fine_tune_share: num_rounds, {length} and fine_tune_share are all set; expected any two, "
                 "the third follows from the length of training"
             )
+        if self.live_state and (self.method == "parallel" or self.optimizer_reset == "none"):
+            key = "method" if self.method == "parallel" else "optimizer_reset"
+            raise GaPError(f"gap.live_state: cannot go with {key}: {getattr(self, key)}, found true; expected false")
         if self.lr_peaks != "constant" and self.lr_schedule != "restart":
             raise GaPError(f"gap.lr_peaks: '{self.lr_peaks}' needs lr_schedule: restart, found '{self.lr_schedule}'")
 

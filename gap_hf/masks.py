@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +98,11 @@ class Masks:
     def live(self, name: str) -> int:
         """How many weights of one tensor are live, on all processes together."""
         return self._live[name]
+
+    def counts(self, name: str) -> dict[str, Any]:
+        """One tensor's ``numel``, ``live`` and ``sparsity``, on all processes together."""
+        numel, live = self.parts[name].numel, self.live(name)
+        return {"numel": numel, "live": live, "sparsity": 1 - live / numel}
 
     def sparsity(self, names: Sequence[str] | None = None) -> float:
         """Share of masked weights of the named tensors together (all by default)."""

@@ -32,7 +32,18 @@ def unwrap(optimizer: Any) -> Optimizer:
 
 
 class OwnState(ABC):
-    """Stands for an optimizer whose state does not lie parameter by parameter in a torch optimizer; see `gap_hf.zero`."""
+    """Stands for an optimizer whose state does not lie parameter by parameter, as large as these; see `gap_hf.zero` and
+    `gap_hf.live_state`.
+
+    Attributes:
+        spares_masked: True if no step touches a masked weight, which then stays 0 without a product.
+    """
+
+    spares_masked = False
+
+    @abstractmethod
+    def sync(self) -> None:
+        """After masks were loaded."""
 
     @abstractmethod
     def follow_growth(self, param: nn.Parameter, mask: Tensor, policy: str) -> None:
@@ -73,6 +84,11 @@ def follow_mask(optimizer: Any, param: nn.Parameter, mask: Tensor, policy: str) 
     if optimizer is not None and policy != "none":
         clear_pruned(unwrap(optimizer), param, mask)
     mask_weight_copies(optimizer, [(param, mask)])
+
+
+def spares_masked(optimizer: Any) -> bool:
+    """True if steps of this optimizer leave masked weights as they are."""
+    return isinstance(optimizer, OwnState) and optimizer.spares_masked
 
 
 def follow_restart(optimizer: Any, policy: str) -> None:

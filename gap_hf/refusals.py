@@ -94,6 +94,11 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
         raise GaPError(
             "gap.method: 'parallel' trains whole replicas, and found a sharded model; expected DDP, or method: cyclic"
         )
+    if config.live_state and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or sharded_by_transformers):
+        raise GaPError(
+            "gap.live_state: packs the state of whole weights, and found a sharded model or optimizer; expected one process or DDP, "
+            "or live_state: false"
+        )
     if config.lr_schedule == "restart" and trainer.lr_scheduler is not None:
         raise GaPError(
             "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "

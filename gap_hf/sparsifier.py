@@ -19,12 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gap_hf import optimizer_state
 from gap_hf.allocation import make_groups
 from gap_hf.change import Change, Tally
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
+from gap_hf.live_state import follow_load, own_state
 from gap_hf.masks import Masks
-from gap_hf.optimizer_state import follow_growth, follow_mask, follow_restart, mask_weight_copies
 from gap_hf.phases import PARALLEL, Update
 from gap_hf.plan import Plan, make_plan
 from gap_hf.selection import Selection
@@ -62,7 +63,7 @@ class Sparsifier:
         plan: Plan | None = None,
         workers: OneWorker | None = None,
     ) -> None:
-        self.model, self.config, self.optimizer = model, config, optimizer
+        self.model, self.config = model, config
         self.seed = config.seed if config.seed is not None else seed
         reshard(model)
         self.targets = find_targets(model, config)
@@ -83,14 +84,23 @@ class Sparsifier:
             )
         params = {clean_name(n): p for n, p in model.named_parameters()}
         self.masks = Masks({name: params[name] for name in self.weights})
+        self.optimizer = optimizer
         self.selection = Selection(self.targets, config, self.masks.params, seed=self.seed)
         self.num_params = sum(p.numel() for p in model.parameters())
         # Masks of the last prune of tensors that were grown since, only to measure how much the next one differs.
         self.previous: dict[str, Tensor] = {}
-        self.phase = self.plan.phases[0]
-        self.step = 0  # optimizer steps done
-        self.levels = list(self.plan.first_levels)
-        self.num_done = 0  # updates of the plan that are done; one that needs gradients waits for the next backward
+        self.phase, self.step = self.plan.phases[0], 0  # optimizer steps done
+        # Updates of the plan that are done; one that needs gradients waits for the next backward.
+        self.levels, self.num_done = list(self.plan.first_levels), 0
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, or what stands for it, such as a `LiveState`."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        self._optimizer = own_state(optimizer, self.config, self.masks)
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -133,12 +143,11 @@ class Sparsifier:
         """
         if step == 0:
             return None
-        begins = self.plan.begins_at(step) is not None
+        begins, tally = self.plan.begins_at(step) is not None, Tally()
         self.phase, self.step = self.plan.phase_at(step), step
-        tally = Tally()
         self._do_due(step, tally, begins=begins)
         if begins:
-            follow_restart(self.optimizer, self.config.optimizer_reset)
+            optimizer_state.follow_restart(self.optimizer, self.config.optimizer_reset)
         if not begins and not tally.pruned and not tally.grown:
             return None
         return self._change(step, tally, begins_phase=begins)
@@ -161,8 +170,9 @@ class Sparsifier:
 
     def mask_weights(self) -> None:
         """Zero masked weights, and the optimizer's own copies of them. Call after every optimizer step."""
-        self.masks.apply_to_weights()
-        mask_weight_copies(self.optimizer, self.masks.sparse_params())
+        if not optimizer_state.spares_masked(self.optimizer):
+            self.masks.apply_to_weights()
+        optimizer_state.mask_weight_copies(self.optimizer, self.masks.sparse_params())
 
     def prune_to_target(self) -> float | None:
         """Prune whatever is not at its target, for a run that ends before its fine-tune. Returns the pruning error."""
@@ -202,6 +212,7 @@ class Sparsifier:
         for name, mask in masks.items():
             self.masks.set(name, None if mask is None else parts[name].cut(mask))
         self.previous = {n: parts[n].cut(m).to(params[n].device) for n, m in previous.items()}
+        follow_load(self.optimizer, self.masks)
 
     # --- what a report needs -----------------------------------------------------------------------------------------
 
@@ -216,24 +227,13 @@ class Sparsifier:
 
     def report(self) -> dict[str, Any]:
         """Counts per layer and in all, from the masks: plain data."""
-        live = {name: self.masks.live(name) for name in self.weights}
-        layers = [
-            {
-                "name": w.name,
-                "shape": list(w.shape),
-                "numel": w.numel,
-                "live": live[w.name],
-                "sparsity": 1 - live[w.name] / w.numel,
-            }
-            for w in self.weights.values()
-        ]
         return {
             "sparsity": self.sparsity(),
             "model_sparsity": self.model_sparsity(),
             "num_prunable": sum(w.numel for w in self.weights.values()),
             "num_params": self.num_params,
             "at_target": self.at_target,
-            "layers": layers,
+            "layers": [{"name": n, "shape": list(w.shape), **self.masks.counts(n)} for n, w in self.weights.items()],
         }
 
     # --- one update at a time ----------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class Sparsifier:
         while (update := self._due(step)) is not None and update.grow_by != "gradient":
             if update.merge:
                 workers.merge(self)
-                follow_restart(self.optimizer, self.config.optimizer_reset)
+                optimizer_state.follow_restart(self.optimizer, self.config.optimizer_reset)
             else:
                 if update.worker is not None and not workers.apart:
                     workers.fork(self)
@@ -293,7 +293,7 @@ class Sparsifier:
         mask = self.masks[name]
         if mask is None:
             return
-        follow_growth(self.optimizer, self.masks.params[name], mask, self.config.optimizer_reset)
+        optimizer_state.follow_growth(self.optimizer, self.masks.params[name], mask, self.config.optimizer_reset)
         self.previous[name] = mask
         self.masks.set(name, None)
 
@@ -322,7 +322,7 @@ class Sparsifier:
             if update.drop:
                 tally.drop(local(params[name]).detach(), mask, self.masks.parts[name])
             # Survivors and what grows now: everything that was masked starts from fresh moments.
-            follow_growth(self.optimizer, params[name], old[name], self.config.optimizer_reset)
+            optimizer_state.follow_growth(self.optimizer, params[name], old[name], self.config.optimizer_reset)
             self._set_mask(name, mask)
 
     def _gradients_are_finite(self, update: Update) -> bool:
@@ -333,7 +333,7 @@ class Sparsifier:
     def _set_mask(self, name: str, mask: Tensor | None) -> None:
         self.masks.set(name, mask)
         if (mask := self.masks[name]) is not None:
-            follow_mask(self.optimizer, self.masks.params[name], mask, self.config.optimizer_reset)
+            optimizer_state.follow_mask(self.optimizer, self.masks.params[name], mask, self.config.optimizer_reset)
 
     def _change(self, step: int, tally: Tally, *, begins_phase: bool) -> Change:
         reshard(self.model)

@@ -67,6 +67,9 @@ class ZeroState(OwnState):
         return param.detach() if param.dtype == torch.float32 else self._master(param)
 
     @torch.no_grad()
+    def sync(self) -> None:
+        """DeepSpeed loads its state by itself, as it was."""
+
     def follow_growth(self, param: nn.Parameter, mask: Tensor, policy: str) -> None:
         """First moment 0 and second moment at the survivors' mean: one step count serves a whole partition of tensors."""
         grown = mask == 0

@@ -274,7 +274,7 @@ def test_the_order_of_overrides_matters(tmp_path: Path) -> None:
 def test_resuming_under_the_same_config_or_what_is_free(folder: Path) -> None:
     state = checkpoint.load(folder)
     check_same_config(state, CONFIG, folder)
-    free = {"best_model_at_target": False, "prune_if_stopped": True, "live_gradients": False}
+    free = {"best_model_at_target": False, "prune_if_stopped": True, "live_gradients": False, "live_state": True}
     check_same_config(state, CONFIG.replace(**free), folder)
 
 

@@ -248,6 +248,7 @@ def configs(draw: st.DrawFn) -> GaPConfig:
     pattern = draw(st.sampled_from(["unstructured", "2:4", "1:3", "block:16x1", "transposable:2:4"]))
     fixed = parse_pattern(pattern).fixed_sparsity
     lr_schedule = draw(st.sampled_from(["whole", "restart"]))
+    method, reset = draw(st.sampled_from(METHODS)), draw(st.sampled_from(["changed", "all", "none"]))
     group = st.lists(globs, min_size=0, max_size=3)
     explicit = st.lists(group, min_size=num_partitions, max_size=num_partitions)
     return GaPConfig.from_dict(
@@ -255,12 +256,12 @@ def configs(draw: st.DrawFn) -> GaPConfig:
             **length,
             **rest,
             "sparsity": draw(shares) if fixed is None else draw(st.sampled_from([None, float(fixed)])),
-            "method": draw(st.sampled_from(METHODS)),
+            "method": method,
             "num_partitions": num_partitions,
             "pattern": pattern,
             "distribution": "uniform" if fixed is not None else draw(st.sampled_from(["uniform", "global", "erk"])),
             "initial_mask": draw(st.sampled_from(["random", "magnitude"])),
-            "optimizer_reset": draw(st.sampled_from(["changed", "all", "none"])),
+            "optimizer_reset": reset,
             "lr_schedule": lr_schedule,
             "lr_peaks": "constant" if lr_schedule == "whole" else draw(st.sampled_from(["linear", "cosine", "step"])),
             "include": draw(st.lists(globs, max_size=3)),
@@ -274,6 +275,7 @@ def configs(draw: st.DrawFn) -> GaPConfig:
             "best_model_at_target": draw(st.booleans()),
             "prune_if_stopped": draw(st.booleans()),
             "live_gradients": draw(st.sampled_from([None, True, False])),
+            "live_state": draw(st.booleans()) if method != "parallel" and reset != "none" else False,
             "seed": draw(st.one_of(st.none(), st.integers(0, 2**63))),
         }
     )

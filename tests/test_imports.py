@@ -19,7 +19,14 @@ _PLAN = _PURE | {"ramps", "methods", "plan"}
 _TARGETS = {"blocks", "errors", "config", "shards", "targets"}
 _MASKS = {"largest", "patterns", "masks", "optimizer_state"}
 _REPLICAS = {"distributed", "merging", "replica", "workers"}
-_CORE = _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation", "change", "selection", "sparsifier"} | _REPLICAS
+_CORE = (
+    _PLAN
+    | _TARGETS
+    | {"partition"}
+    | _MASKS
+    | {"live_state", "allocation", "change", "selection", "sparsifier"}
+    | _REPLICAS
+)
 _STORED = {"stored_model", "inspection", "comparison", "tables"}
 _FOLDERS = {
     "card",
@@ -60,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "patterns": _PURE | {"shards", "largest"},
     "masks": _PURE | {"shards"},
     "optimizer_state": _PURE | {"shards"},
+    "live_state": _PURE | {"masks", "optimizer_state"},
     "allocation": _PLAN | _TARGETS | {"partition"} | _MASKS,
     "change": _PURE | {"shards", "largest"},
     "selection": _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation"},

@@ -613,6 +613,8 @@ def test_of_what_shards_weights_fsdp2_is_accepted(
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=plugin), raising=False)
     if message is None:
         check_setup(trainer, CONFIG)
+        with pytest.raises(GaPError, match=r"gap\.live_state: packs .* found a sharded model"):
+            check_setup(trainer, CONFIG.replace(live_state=True))
         return
     with pytest.raises(GaPError, match=message):
         check_setup(trainer, CONFIG)

@@ -1,0 +1,317 @@
+"""Optimizer state of live weights only: at 90 % a tenth of the moments, and an update that never touches a masked weight.
+
+For the length of an optimizer's step a sparse weight is replaced in its groups by a vector of its live entries, gathered
+from weight and gradient; after it they are scattered back. What an optimizer keeps for the vector is all that it keeps, so
+any optimizer works that updates each weight by itself: torch's Adam, AdamW, SGD, RMSprop and their like, and others that
+a short trial finds to be so. No product with a mask is needed after a step. The weights are those of masked dense training,
+bit for bit in fp32; but of a weight whose size is no multiple of 16, fused kernels on a CPU round the last entries otherwise.
+
+    sparsifier = Sparsifier(model, GaPConfig(sparsity=0.9, live_state=True), total_steps=1000, optimizer=optimizer)
+
+Between steps `optimizer.state` holds 1-D tensors for sparse weights, and so does its `state_dict()`, under names of their own:
+an optimizer that knows nothing of this misses its own and says so. A state of either kind may be loaded where the other is
+kept, if masks are loaded after it. `release` gives the usual dense state back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gap_hf.config import GaPConfig
+from gap_hf.errors import GaPError
+from gap_hf.masks import Masks
+from gap_hf.optimizer_state import OwnState, clear_grown, clear_pruned, reset_all, unwrap
+
+_KNOWN = {
+    getattr(torch.optim, name)
+    for name in ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "SGD", "ASGD"]
+}
+# Optimizers that work on the weights outside their step, where these have their own shape again.
+_SCHEDULE_FREE_KEYS = {"train_mode", "weight_sum", "lr_max"}
+_PREFIX = "live_"
+_PROBE_STEPS = 3
+_LINE = 64  # entries: a cache line of bytes and a multiple of one in any wider dtype
+_attached: WeakKeyDictionary[Optimizer, LiveState] = WeakKeyDictionary()
+
+
+def own_state(optimizer: Any, config: GaPConfig, masks: Masks) -> Any:
+    """What a sparsifier has to tell of its masks: the optimizer, or the `LiveState` on it if the config wants one.
+
+    Raises:
+        GaPError: if the optimizer does not update each weight by itself, or a weight is sharded.
+    """
+    if optimizer is None or isinstance(optimizer, OwnState):
+        return optimizer
+    release(optimizer)
+    return LiveState(optimizer, masks) if config.live_state else optimizer
+
+
+def follow_load(optimizer: Any, masks: Masks) -> None:
+    """After masks were loaded, and state before them: bring it into the form that is kept here."""
+    if isinstance(optimizer, OwnState):
+        optimizer.sync()
+    elif optimizer is not None and any(k.startswith(_PREFIX) for v in unwrap(optimizer).state.values() for k in v):
+        LiveState(optimizer, masks).detach()
+
+
+def release(optimizer: Any) -> None:
+    """End what `LiveState` does on an optimizer; its state is dense again, with zeros where there was none."""
+    if (live := _attached.pop(unwrap(optimizer), None)) is not None:
+        live.detach()
+
+
+class LiveState(OwnState):
+    """Keeps the state of an optimizer packed, by hooks around its step.
+
+    Args:
+        optimizer: A torch optimizer, bare or wrapped by Accelerate. It stays what the training loop uses.
+        masks: Whose sparse weights are meant. A mask is replaced, never changed in place.
+
+    Raises:
+        GaPError: if the optimizer does not update each weight by itself, or a weight is sharded.
+    """
+
+    spares_masked = True
+
+    def __init__(self, optimizer: Any, masks: Masks) -> None:
+        self.optimizer = unwrap(optimizer)
+        check_elementwise(self.optimizer)
+        for name, part in masks.parts.items():
+            if part.peers.num_ranks > 1:
+                raise GaPError(f"gap.live_state: '{name}' is sharded, expected whole weights; set live_state: false")
+        self._masks = masks
+        self._places: dict[nn.Parameter, _Places] = {}
+        self._swapped: list[_Swap] = []
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._gather),
+            self.optimizer.register_step_post_hook(self._scatter),
+            self.optimizer.register_state_dict_post_hook(self._rename),
+            self.optimizer.register_load_state_dict_post_hook(lambda _: self._places.clear()),
+        ]
+        _attached[self.optimizer] = self
+
+    def detach(self) -> None:
+        """Remove the hooks and make the state dense again."""
+        self._restore()
+        self.sync()
+        for param in list(self._places):
+            self._unpack(param)
+        for handle in self._handles:
+            handle.remove()
+
+    def num_bytes(self) -> int:
+        """Bytes of the state of the prunable weights, with what is kept to find them by; `masks` not included."""
+        state = (v for p in self._masks.params.values() for v in self.optimizer.state.get(p, {}).values())
+        places = sum(places.num_bytes for places in self._places.values())
+        return places + sum(v.numel() * v.element_size() for v in state if isinstance(v, Tensor))
+
+    # --- around a step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _gather(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None):
+            raise GaPError("gap.live_state: the optimizer was given a closure, which would see live entries only")
+        self._restore()
+        self.sync()
+        for group in optimizer.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.grad is None or (places := self._places.get(param)) is None:
+                    continue
+                at = places.positions()
+                live = nn.Parameter(places.take(param, at))
+                live.grad = places.take(param.grad, at)
+                self._swapped.append(_Swap(group["params"], i, param, live, at))
+                group["params"][i] = live
+                if param in optimizer.state:
+                    optimizer.state[live] = optimizer.state.pop(param)
+
+    @torch.no_grad()
+    def _scatter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for swap in self._swapped:
+            _put(swap.param, swap.at, swap.live)
+        self._restore()
+
+    def _restore(self) -> None:
+        """Put the weights back into their groups; if a step raised, in the next."""
+        for swap in self._swapped:
+            swap.params[swap.i] = swap.param
+            if swap.live in self.optimizer.state:
+                self.optimizer.state[swap.param] = self.optimizer.state.pop(swap.live)
+        self._swapped = []
+
+    def _rename(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        """Packed state gets names of its own in what is saved: a fused kernel would not notice that it is too short."""
+        self.sync()
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        for i, state in saved["state"].items():
+            if params[i] in self._places:
+                packed = {key for key, _ in _tensors(state)}
+                saved["state"][i] = {_PREFIX * (key in packed) + key: value for key, value in state.items()}
+        return saved
+
+    # --- when masks change -------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Pack the state of every sparse weight by its present mask, and unpack that of dense ones."""
+        sparse = dict(self._masks.sparse_params())
+        for param in [p for p in self._places if p not in sparse]:
+            self._unpack(param)
+        for param, mask in sparse.items():
+            if (places := self._places.get(param)) is None or places.mask is not mask:
+                self._unpack(param)
+                self._pack(param, mask)
+
+    def follow_growth(self, param: nn.Parameter, mask: Tensor, policy: str) -> None:
+        self.sync()
+        self._unpack(param)
+        clear_grown(self.optimizer, param, mask)
+
+    def follow_mask(self, param: nn.Parameter, mask: Tensor, policy: str) -> None:
+        self._unpack(param)
+        clear_pruned(self.optimizer, param, mask)
+        self._pack(param, mask)
+
+    def follow_restart(self, policy: str) -> None:
+        if policy == "all":
+            reset_all(self.optimizer)
+
+    def mask_weight_copies(self, sparse: Any) -> None:
+        """There are none: of masked weights nothing is kept."""
+
+    @torch.no_grad()
+    def _pack(self, param: nn.Parameter, mask: Tensor) -> None:
+        places = self._places[param] = _Places(param, mask)
+        state = self.optimizer.state.get(param, {})
+        for key in [key for key in state if key.startswith(_PREFIX)]:
+            state[key.removeprefix(_PREFIX)] = state.pop(key)
+        for key, value in _tensors(state):
+            if value.shape == param.shape:
+                state[key] = places.take(value, places.positions())
+            elif value.shape != (places.length,):
+                raise GaPError(
+                    f"gap.live_state: the optimizer's '{key}' has shape {tuple(value.shape)} for a weight of "
+                    f"{tuple(param.shape)}, expected that or ({places.length},) for its {places.count} live entries"
+                )
+
+    @torch.no_grad()
+    def _unpack(self, param: nn.Parameter) -> None:
+        if (places := self._places.pop(param, None)) is None:
+            return
+        state = self.optimizer.state.get(param, {})
+        for key, value in _tensors(state):
+            if value.shape == (places.length,):
+                state[key] = torch.zeros_like(param, dtype=value.dtype)
+                _put(state[key], places.positions(), value)
+
+
+class _Swap(NamedTuple):
+    """A weight that is out of its group, and what stands for it there."""
+
+    params: list[Any]
+    i: int
+    param: nn.Parameter
+    live: nn.Parameter
+    at: Tensor
+
+
+class _Places:
+    """Where the live entries of a weight lie in its memory, in a byte each: the distance from the one before.
+
+    A sum brings the positions back in a tenth of a step's time. Distances over 255 are rare, and make it four bytes for
+    that tensor. Vectors are filled up with zeros to a whole number of cache lines: fused kernels round otherwise in what
+    remains after those.
+    """
+
+    def __init__(self, param: nn.Parameter, mask: Tensor) -> None:
+        if torch.empty_like(param).stride() != param.stride():
+            raise GaPError(
+                f"gap.live_state: a weight of shape {tuple(param.shape)} has strides {param.stride()}, expected one that fills its "
+                "memory; make it contiguous, or set live_state: false"
+            )
+        self.mask = mask
+        layout = torch.empty_like(param, dtype=mask.dtype).copy_(mask)
+        at = _flat(layout).nonzero().view(-1)
+        self.shape, self.stride, self.count = param.shape, param.stride(), at.numel()
+        self.length = -(-self.count // _LINE) * _LINE
+        steps = torch.diff(at, prepend=at.new_zeros(1))
+        small = not self.count or int(steps.max()) <= 255
+        self._steps = steps.to(torch.uint8 if small else torch.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._steps.numel() * self._steps.element_size()
+
+    def positions(self) -> Tensor:
+        """1-D int64, ascending."""
+        return torch.cumsum(self._steps, 0, dtype=torch.int64)
+
+    def take(self, tensor: Tensor, at: Tensor) -> Tensor:
+        """The live entries of a tensor of the weight's shape, 1-D."""
+        out = tensor.new_zeros(self.length)
+        if tensor.stride() != self.stride:
+            tensor = torch.empty_strided(self.shape, self.stride, dtype=tensor.dtype, device=tensor.device).copy_(
+                tensor
+            )
+        torch.index_select(_flat(tensor), 0, at, out=out[: self.count])
+        return out
+
+
+def _put(tensor: Tensor, at: Tensor, live: Tensor) -> None:
+    """Write live entries to their places; a tensor that was made like the weight has its layout."""
+    _flat(tensor).index_copy_(0, at, live.detach()[: at.numel()])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A view in the order of memory, such as of a convolution's weight in channels_last."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What is kept entry by entry; counts are scalars."""
+    return ((k, v) for k, v in list(state.items()) if isinstance(v, Tensor) and v.ndim > 0)
+
+
+def check_elementwise(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose update of a weight depends on others, by a trial of its class if torch's own are unlike it.
+
+    Raises:
+        GaPError: if the trial does not give the weights of masked dense training, or cannot be made.
+    """
+    if type(optimizer) in _KNOWN:
+        return
+    if any(_SCHEDULE_FREE_KEYS & group.keys() for group in optimizer.param_groups):
+        why = "moves weights outside its step"
+    else:
+        try:
+            why = None if _trial(optimizer) else "does not update each weight by itself"
+        except Exception as error:  # whatever a stranger's constructor raises
+            why = f"could not be tried ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    if why is not None:
+        raise GaPError(
+            f"gap.live_state: {type(optimizer).__name__} {why}; expected one such as adamw_torch_fused or sgd, or "
+            "live_state: false"
+        )
+
+
+def _trial(optimizer: Optimizer) -> bool:
+    """A few steps of a new optimizer of this class: of a masked matrix, and of the vector of its live entries."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 8, generator=generator) < 0.4
+    weight = torch.randn(6, 8, generator=generator) * mask
+    dense, live = nn.Parameter(weight.clone()), nn.Parameter(weight[mask])
+    kind: Any = type(optimizer)
+    both = kind([dense], **optimizer.defaults), kind([live], **optimizer.defaults)
+    for _ in range(_PROBE_STEPS):
+        gradient = torch.randn(6, 8, generator=generator) * mask
+        dense.grad, live.grad = gradient, gradient[mask]
+        for one in both:
+            one.step()
+        with torch.no_grad():
+            dense.mul_(mask)
+    return torch.allclose(dense.detach()[mask], live.detach(), rtol=1e-6, atol=1e-7)
