@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication bench-format scaling-docs clean
+.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication bench-training bench-format scaling-docs clean
 .PHONY: bench-quality-tiny bench-quality-small bench-quality-gpu quality-report
 
 demo: $(VENV)/.demo  ## train a sparse English-German translator from nothing
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev
 
 bench-overhead: $(VENV)/.bench  ## cost of a GaPTrainer step against Trainer's: paired, interleaved
 	$(BIN)/python benchmarks/overhead.py
+
+bench-training: $(VENV)/.bench  ## optimizer state, memory and step time with live_state, beside Trainer
+	$(BIN)/python benchmarks/training.py
 
 bench-communication: $(VENV)/.bench  ## bytes and time of DDP with live gradients alone, and its cost model
 	$(BIN)/python benchmarks/communication.py

@@ -319,7 +319,11 @@ def trainer_runs(folder: Path, *, seconds: bool = False, **changes: Any) -> dict
     seen = []
     for live in (False, None):
         model = causal_lm(n_layer=2)
-        trainer = gap_trainer(folder, config=config.replace(live_gradients=live), model=model, **changes)
+        live_state = live is None and changes.pop("live_state", False)
+        config = config.replace(live_gradients=live, live_state=live_state)
+        trainer = gap_trainer(
+            folder, config=config, model=model, **{k: v for k, v in changes.items() if k != "live_state"}
+        )
         trainer.train()
         if seconds:  # a second train() on the same DDP module
             trainer.train()
@@ -352,6 +356,11 @@ def trainer(folder: Path) -> dict[str, Any]:
 def trainer_rigl(folder: Path) -> dict[str, Any]:
     config = GaPConfig(sparsity=0.9, method="rigl", update_steps=5, drop_fraction=0.5)
     return trainer_runs(folder, config=config, max_steps=12)
+
+
+def trainer_live_state(folder: Path) -> dict[str, Any]:
+    """The optimizer's state packed too, against neither."""
+    return trainer_runs(folder, live_state=True, gradient_accumulation_steps=2)
 
 
 def trainer_twice(folder: Path) -> dict[str, Any]:

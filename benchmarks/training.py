@@ -1,0 +1,228 @@
+"""What training costs with the optimizer's state packed: state, memory and time, beside Trainer and GaP without it.
+
+    make bench-training                        # or: python benchmarks/training.py
+    python benchmarks/training.py --quick      # a small model and few steps: does it run?
+
+For each size of a GPT-2 and each sparsity three runs take turns step by step in one process, on the same batches: plain
+Trainer, GaPTrainer, and GaPTrainer with `live_state`; all with Trainer's own optimizer, fused AdamW. C-GaP in the paper's
+schedule (no ramps), four groups, so that in a round a quarter is dense and the rest sparse.
+
+1. Bytes of the optimizer's state of the prunable weights, and of the whole model, as a share of plain Trainer's: the mean
+   over the steps of a round, indices included. Masks, a byte a weight in both GaP runs, are listed apart.
+2. Step time: the median of the rounds' ratios to plain Trainer, with a 95 % bootstrap interval, over steps without a change.
+3. Memory: each way in a process of its own, the highest anonymous memory above that before the model is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from overhead import Turns, figures, run_in_turns
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
+
+from gap_hf import GaPConfig, GaPTrainer
+from gap_hf.live_state import LiveState
+from gap_hf.optimizer_state import unwrap
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from format import anonymous  # noqa: E402
+
+SIZES: dict[str, Any] = {"25M": {"n_layer": 8, "n_embd": 512}, "100M": {"n_layer": 15, "n_embd": 768}}
+QUICK: dict[str, Any] = {"1M": {"n_layer": 4, "n_embd": 128}}
+WAYS = ("trainer", "gap", "live_state")
+GROUPS, PHASE, WARM_UP = 4, 6, 4
+STEPS = PHASE * (1 + GROUPS) + PHASE  # a first phase, one round, a fine-tune
+
+
+class Tokens(Dataset):
+    """Random tokens: what is measured does not depend on them."""
+
+    def __init__(self, length: int) -> None:
+        self.rows = torch.randint(0, 4096, (512, length), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+class Watched(GaPTrainer):
+    """Notes the bytes of its optimizer's state after every step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step:
+            self.notes.append(state_bytes(self))
+        return super().training_step(*args, **kwargs)
+
+    notes: list[tuple[int, int]]
+
+
+def state_bytes(trainer: GaPTrainer) -> tuple[int, int]:
+    """Of the prunable weights, with indices, and of the whole model."""
+    optimizer = unwrap(trainer.optimizer)
+    held = {
+        param: sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
+        for param, state in optimizer.state.items()
+    }
+    if trainer.gap is None:
+        prunable = [p for n, p in trainer.model.named_parameters() if ".h." in n and p.ndim == 2]  # pyright: ignore
+        return sum(held[p] for p in prunable), sum(held.values())
+    params = list(trainer.gap.masks.params.values())
+    plain = sum(held[p] for p in params)
+    live = trainer.gap.optimizer
+    ours = live.num_bytes() if isinstance(live, LiveState) else plain
+    return ours, sum(held.values()) + ours - plain
+
+
+def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bool) -> Watched:
+    set_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(**size, n_head=size["n_embd"] // 64, vocab_size=4096, n_positions=64, bos_token_id=0, eos_token_id=1)
+    )
+    config = GaPConfig(
+        sparsity=sparsity,
+        num_partitions=GROUPS,
+        num_rounds=1,
+        phase_steps=PHASE,
+        ramp_share=0,
+        prune_share=0,
+        live_state=way == "live_state",
+    )
+    arguments = TrainingArguments(
+        folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_strategy="no",
+    )
+    trainer = Watched(
+        model=model,
+        args=arguments,
+        train_dataset=Tokens(64),
+        gap_config=None if way == "trainer" else config,
+        callbacks=[Turns()] if turns else [],
+    )
+    trainer.notes = []
+    return trainer
+
+
+def measure(size: dict[str, int], sparsity: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [make(way, size, sparsity, folder, turns=True) for way in WAYS]
+        seconds = run_in_turns(trainers, STEPS)
+    in_round = slice(PHASE, PHASE * (1 + GROUPS) - 1)
+    means = np.array([np.mean(t.notes[in_round], axis=0) for t in trainers])
+    gap = trainers[1].gap
+    assert gap is not None
+    changed = {phase.start - 1 for phase in gap.plan.phases}
+    used = [i for i in range(WARM_UP, STEPS - 1) if i not in changed]
+    model = trainers[0].model
+    result: dict[str, Any] = {
+        "sparsity": sparsity,
+        "parameters": sum(p.numel() for p in model.parameters()),  # type: ignore[union-attr]
+        "prunable": sum(w.numel for w in gap.weights.values()),
+        "trainer_ms": 1e3 * float(np.median(seconds[used, 0])),
+    }
+    for i, way in enumerate(WAYS[1:], start=1):
+        times = figures(seconds[used, i] / seconds[used, 0], [], 0, STEPS, seconds[used, 0])
+        result[way] = {
+            "prunable_state": float(means[i, 0] / means[0, 0]),
+            "whole_state": float(means[i, 1] / means[0, 1]),
+            "step": times["median_ratio"],
+            "step_interval_95": times["interval_95"],
+        }
+    return result
+
+
+def peak_of(way: str, size: dict[str, int], sparsity: float) -> int:
+    """Highest anonymous memory over the first phase and the first change, in bytes, above what was there before."""
+    import threading
+
+    before = anonymous()
+    highest, stop = [before], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            highest[0] = max(highest[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with tempfile.TemporaryDirectory() as folder:
+        make(way, size, sparsity, folder, turns=False).train()
+    stop.set()
+    watcher.join()
+    return highest[0] - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9])
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/training.json")
+    parser.add_argument("--child", nargs=3, metavar=("WAY", "SIZE", "SPARSITY"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    if args.child:
+        way, size, sparsity = args.child
+        print(json.dumps(peak_of(way, (SIZES | QUICK)[size], float(sparsity))))
+        return
+    rows = []
+    for name in QUICK if args.quick else args.sizes:
+        for sparsity in args.sparsities:
+            row = {"model": name, **measure((SIZES | QUICK)[name], sparsity)}
+            peaks = {way: child_peak(way, name, sparsity) for way in WAYS}
+            row["trainer_peak_bytes"] = peaks["trainer"]
+            for way in WAYS[1:]:
+                row[way]["peak"] = peaks[way] / peaks["trainer"]
+            rows.append(row)
+            print(table(rows[-1:]), flush=True)
+    result = {
+        "rows": rows,
+        "threads": 1,
+        "machine": platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    print("\n" + table(rows))
+    if not args.quick or args.output != ROOT / "benchmarks/results/training.json":
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def child_peak(way: str, size: str, sparsity: float) -> int:
+    command = [sys.executable, __file__, "--child", way, size, str(sparsity)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| model | sparsity | way | state, prunable | state, whole model | peak memory | step (95 % interval) |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        for way in WAYS[1:]:
+            r = row[way]
+            low, high = r["step_interval_95"]
+            lines.append(
+                f"| {row['model']} | {row['sparsity']:.0%} | {way} | {r['prunable_state']:.3f} | {r['whole_state']:.3f} | "
+                f"{r['peak']:.3f} | {r['step']:.3f} ({low:.3f}–{high:.3f}) |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
