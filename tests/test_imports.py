@@ -100,6 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_html": {"run_figures", "run_record", "tables"},
     "exporting": {"errors", "folder_files"},
     "uploads": {"errors", "checkpoint", "packed"},
+    "inference": {"errors", "inference", "targets"},
     "resuming": {"errors", "folder_files", "shards"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
     "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models"},
