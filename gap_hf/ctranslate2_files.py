@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ class IdTokenizer:
         for name in ("bos", "eos", "pad"):
             value = getattr(config, f"{name}_token_id", None)
             value = value[0] if isinstance(value, list) else value
-            setattr(self, f"{name}_token", None if value is None else self.convert_ids_to_tokens(value))
+            # Converters want a name for every one of them.
+            setattr(self, f"{name}_token", self.convert_ids_to_tokens(0 if value is None else value))
             setattr(self, f"{name}_token_id", value)
 
     def convert_ids_to_tokens(self, index: int) -> str:
@@ -60,35 +63,27 @@ def write_ctranslate2(model: Any, folder: Path, tokenizer: Any) -> None:
     require("ctranslate2")
     from ctranslate2.converters import TransformersConverter
 
-    config = model.config
+    # Converters take modules out of the model, and write on its config.
+    model = copy.deepcopy(model)
+    for key, value in _FORMER_CONFIG.get(model.config.model_type, {}).items():
+        if not hasattr(model.config, key):
+            setattr(model.config, key, value)
 
     class Converter(TransformersConverter):
         def load_model(self, model_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
-            if not isinstance(model, model_class):
-                raise ValueError(f"CTranslate2 converts {model_class.__name__}, and this is {type(model).__name__}")
+            if hasattr(model_class, "config_class") and not isinstance(model, model_class):
+                raise ValueError(f"it converts {model_class.__name__} of models of its type")
             return model
 
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
             return tokenizer
 
-    with quiet():
-        # The converter reads the class of the config from a folder; it writes on the model's own config, too.
-        before = dict(config.__dict__)
-        source = folder.with_name(folder.name + ".config")
-        config.save_pretrained(source)
-        for key, value in _FORMER_CONFIG.get(config.model_type, {}).items():
-            if not hasattr(config, key):
-                setattr(config, key, value)
+    with quiet(), tempfile.TemporaryDirectory() as source:
+        model.config.save_pretrained(source)  # the converter reads from a folder which type the model is of
         try:
-            Converter(str(source)).convert(str(folder), quantization="float32", force=True)
+            Converter(source).convert(str(folder), quantization="float32", force=True)
         except Exception as error:  # a converter may stumble over anything in a model that it does not know
             raise GaPError(_reason(model, error)) from None
-        finally:
-            config.__dict__.clear()
-            config.__dict__.update(before)
-            for path in source.iterdir():
-                path.unlink()
-            source.rmdir()
 
 
 def _reason(model: Any, error: Exception) -> str:
@@ -111,7 +106,6 @@ def compare_with_torch(model: Any, folder: Path, tokenizer: Any) -> int:
     Raises:
         GaPError: if a token differs where torch's two best logits are not nearly equal.
     """
-    import ctranslate2
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -121,17 +115,10 @@ def compare_with_torch(model: Any, folder: Path, tokenizer: Any) -> int:
     if seq2seq:
         ids[:, -1] = tokenizer.eos_token_id
     texts = [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
-    options: dict[str, Any] = {"device": "cpu", "compute_type": "float32", "intra_threads": 1}
-    if seq2seq:
-        results = ctranslate2.Translator(str(folder), **options).translate_batch(
-            texts, beam_size=1, max_decoding_length=_TOKENS, min_decoding_length=_TOKENS
-        )
-        theirs = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
-    else:
-        results = ctranslate2.Generator(str(folder), **options).generate_batch(
-            texts, beam_size=1, max_length=_TOKENS, min_length=_TOKENS, include_prompt_in_result=False, sampling_topk=1
-        )
-        theirs = [result.sequences_ids[0] for result in results]
+    try:
+        theirs = _run(folder, texts, tokenizer, seq2seq=seq2seq)
+    except (RuntimeError, ValueError) as error:
+        raise GaPError(f"ctranslate2: cannot run what it converted: {str(error).strip().splitlines()[0]}") from None
     start = model.generation_config.decoder_start_token_id
     start = model.config.decoder_start_token_id if start is None and seq2seq else start
     never = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
@@ -143,6 +130,7 @@ def compare_with_torch(model: Any, folder: Path, tokenizer: Any) -> int:
                 logits = model(input_ids=source[None], decoder_input_ids=begun).logits[0]
             else:
                 logits = model(input_ids=torch.cat([source[None], target], 1)).logits[0, len(source) - 1 : -1]
+        logits = logits.clone()
         logits[:, never] = -torch.inf
         behind = (logits.max(-1).values - logits.gather(-1, target[0][:, None])[:, 0]) / logits[logits > -torch.inf].abs().max()
         if not float(behind.max()) <= _TOLERANCE:
@@ -152,3 +140,18 @@ def compare_with_torch(model: Any, folder: Path, tokenizer: Any) -> int:
                 f"whose logit is {float(behind[place]):.1e} of the largest below that of torch's choice"
             )
     return len(ids)
+
+
+def _run(folder: Path, texts: list[list[str]], tokenizer: Any, *, seq2seq: bool) -> list[list[int]]:
+    import ctranslate2
+
+    options: dict[str, Any] = {"device": "cpu", "compute_type": "float32", "intra_threads": 1}
+    if seq2seq:
+        results = ctranslate2.Translator(str(folder), **options).translate_batch(
+            texts, beam_size=1, max_decoding_length=_TOKENS, min_decoding_length=_TOKENS
+        )
+        return [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+    results = ctranslate2.Generator(str(folder), **options).generate_batch(
+        texts, beam_size=1, max_length=_TOKENS, min_length=_TOKENS, include_prompt_in_result=False, sampling_topk=1
+    )
+    return [result.sequences_ids[0] for result in results]
