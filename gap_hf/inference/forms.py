@@ -40,7 +40,6 @@ class _Compiled:
         tokens = x.numel() // self.num_in
         if self.dtype is not torch.float32:
             x, bias = x.float(), None if bias is None else bias.float()
-        threads = threads if self._team is not None else 1
         y = torch.empty((*x.shape[:-1], self.num_out))
         scratch = torch.empty(threads * self.scratch) if self.scratch and tokens > 1 else None
         pointers = (
@@ -51,11 +50,9 @@ class _Compiled:
             None if scratch is None else scratch.data_ptr(),
             tokens,
         )
-        if threads == 1 or self._team is None:
-            bad = self._share(*pointers, 0, 1)
-        else:
-            bad = self._team(*pointers, threads)
-        if bad:
+        alone = self._team is None or threads == 1
+        num_bad = self._share(*pointers, 0, 1) if alone else self._team(*pointers, threads)
+        if num_bad:
             return None
         return y if self.dtype is torch.float32 else y.to(self.dtype)
 
@@ -129,7 +126,7 @@ def torch_csr(weight: Tensor, live: Tensor, structure: Structure) -> Form | None
         if not _is_finite(x):
             return None
         y = (matrix @ x.view(-1, x.shape[-1]).t()).t()
-        return (y if bias is None else y + bias).reshape(*x.shape[:-1], y.shape[-1])
+        return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], y.shape[-1])
 
     return form
 
@@ -154,9 +151,9 @@ def gathered(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
     def form(x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
         if not _is_finite(x):
             return None
-        inputs = x.view(-1, num_in).t().index_select(0, flat).view(len(of_group), longest, -1)
-        y = (values @ inputs).view(num_out, -1).t()
-        return (y if bias is None else y + bias).reshape(*x.shape[:-1], num_out)
+        inputs = x.view(-1, num_in).t().index_select(0, flat).view(len(of_group), longest, x.numel() // num_in)
+        y = (values @ inputs).view(num_out, x.numel() // num_in).t()
+        return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], num_out)
 
     return form
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 from llvmlite import ir
 
@@ -19,7 +20,7 @@ POINTER = ir.PointerType()
 class Value:
     """An integer, a float or a vector of floats. A product that is added becomes one fused multiply-add where the CPU has it."""
 
-    def __init__(self, kernel: Kernel, value: ir.Value) -> None:
+    def __init__(self, kernel: Kernel, value: Any) -> None:
         self.kernel, self.value = kernel, value
 
     def _binary(self, other: Value | int, of_int: str, of_float: str | None) -> Value:
@@ -109,10 +110,10 @@ class Variable:
 class Array:
     """A pointer to ``f32``, ``bf16``, ``i64``, ``i32`` or ``u16``. Narrow elements are widened as they are read."""
 
-    TYPES = {"f32": F32, "bf16": I16, "i64": I64, "i32": I32, "u16": I16}
-    BYTES = {"f32": 4, "bf16": 2, "i64": 8, "i32": 4, "u16": 2}
+    TYPES: ClassVar = {"f32": F32, "bf16": I16, "i64": I64, "i32": I32, "u16": I16}
+    BYTES: ClassVar = {"f32": 4, "bf16": 2, "i64": 8, "i32": 4, "u16": 2}
 
-    def __init__(self, kernel: Kernel, pointer: ir.Value, kind: str) -> None:
+    def __init__(self, kernel: Kernel, pointer: Any, kind: str) -> None:
         self.kernel, self.pointer, self.kind = kernel, pointer, kind
 
     def __add__(self, offset: Value | int) -> Array:
@@ -137,7 +138,7 @@ class Array:
         which is faster than reading each place and, on AVX2, than the CPU's own gather.
         """
         build, bits = self.kernel.build, 8 * self.BYTES[places.kind]
-        first = places._address(index)
+        first, word = places._address(index), None
         vector = ir.Constant(ir.VectorType(F32, width), ir.Undefined)
         for i in range(width):
             in_word = i % (64 // bits)
@@ -147,7 +148,7 @@ class Array:
             vector = build.insert_element(vector, self[place].value, I32(i))
         return Value(self.kernel, vector)
 
-    def _address(self, index: Value | int) -> ir.Value:
+    def _address(self, index: Value | int) -> Any:
         at = index if isinstance(index, Value) else self.kernel.int(index)
         return self.kernel.build.gep(self.pointer, [at.value], source_etype=self.TYPES[self.kind])
 

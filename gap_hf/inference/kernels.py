@@ -81,7 +81,7 @@ _RANGE = {
 
 def _layer(k: Kernel, values: str, columns: str) -> tuple[Value, Value, Array, Array, Array]:
     """K, N, where each group starts, and the column and the values of each live item."""
-    fields = dict(zip(LAYER, (k.array("layer")[i] for i in range(len(LAYER))), strict=True))
+    fields: dict[str, Value] = dict(zip(LAYER, (k.array("layer")[i] for i in range(len(LAYER))), strict=True))
     arrays = (("starts", "i32"), ("columns", columns), ("values", values))
     starts, cols, vals = (k.array_at(fields[name], kind) for name, kind in arrays)
     return fields["inputs"], fields["outputs"], starts, cols, vals
@@ -247,8 +247,8 @@ def _lanes_tile(module: ir.Module, machine: Machine, size: int, values: str, col
     sums_of_eight = tile + num_in * size
     bad = Variable(k.int(0))
     with k.loop(k.arg("first_token"), last_token, size) as m:
-        for t in range(0, size, SLICE):  # spare lanes repeat the last token
-            rows = [x + (m + (t + i)).at_most(last_token - 1) * num_in for i in range(SLICE)]
+        with k.loop(0, k.int(size), SLICE) as t:  # spare lanes repeat the last token
+            rows = [x + (m + t + i).at_most(last_token - 1) * num_in for i in range(SLICE)]
             bad.set(bad.get() + _transpose_in(k, rows, num_in, tile + t, size))
         with k.loop(k.arg("first_group"), k.arg("last_group")) as s:
             n = s * SLICE
@@ -262,7 +262,7 @@ def _lanes_tile(module: ir.Module, machine: Machine, size: int, values: str, col
 
                 chains = _chains(machine.chains(size, 1), [bias[n + o].spread(size)], k.zeros(size))
                 (sums_of_eight[o * size],) = _unrolled(k, k.int(0), lengths[n + o], chains, add)
-            for t in range(0, size, SLICE):
+            with k.loop(0, k.int(size), SLICE) as t:
                 _transpose_out(k, sums_of_eight + t, size, y + n, num_out, num_here, m + t, last_token)
     k.result(bad.get())
     return k

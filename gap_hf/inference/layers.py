@@ -28,7 +28,7 @@ class SparseLinear(nn.Linear):
         return x.numel() // self.in_features if x.shape[-1] == self.in_features else 0
 
     def dense(self, x: Tensor) -> Tensor:
-        return nn.Linear.forward(self, x)
+        return nn.functional.linear(x, self._parameters["weight"], self._parameters["bias"])  # type: ignore[arg-type]
 
     def sparse(self, x: Tensor, form: Form, threads: int) -> Tensor | None:
         return form(x if x.is_contiguous() else x.contiguous(), self._parameters["bias"], threads)

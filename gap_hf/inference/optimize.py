@@ -18,6 +18,8 @@ from gap_hf.targets import clean_name
 
 logger = logging.getLogger(__name__)
 
+# A product of fewer weights takes a few microseconds, as do the checks before it.
+MIN_WEIGHTS = 2**16
 MIN_SPARSITY = 0.5  # of a layer; below it no form is worth its memory
 
 
@@ -56,7 +58,7 @@ def optimize_for_inference(
 ) -> _Model:
     """Make the sparse layers of a model run in the fastest form for this machine, in place.
 
-    Every Linear, Conv1D (GPT-2's) and Conv2d of which at least half of the weights are 0 may run sparse. Which form it takes,
+    Every Linear, Conv1D (GPT-2's) and Conv2d with 65,536 weights or more, at least half of them 0, may run sparse. Which form it takes,
     or that it runs dense, is measured when it first meets a number of tokens (in ranges [2**i, 2**(i + 1)), and for each
     `torch.get_num_threads()`), and remembered in ``$GAP_HF_CACHE/inference.json`` (``~/.cache/gap_hf`` by default). So the
     first calls are slow; `token_counts` has them measured here.
@@ -95,7 +97,7 @@ def optimize_for_inference(
     on_gpu: list[str] = []
     for name, module in chosen.items():
         if type(module) in SPARSE:
-            module.__class__ = SPARSE[type(module)]
+            cast(Any, module).__class__ = SPARSE[type(module)]
         product = Product()
         module.gap_product = cast(Any, product)
         packed = product.pack(cast(Layer, module))
@@ -122,7 +124,7 @@ def restore(model: _Model) -> _Model:
     """
     for module in model.modules():
         if type(module) in ORDINARY:
-            module.__class__ = ORDINARY[type(module)]
+            cast(Any, module).__class__ = ORDINARY[type(module)]
             del module.gap_product
     return model
 
@@ -151,7 +153,7 @@ def _ordinary_class(module: nn.Module) -> type[nn.Module] | None:
     # Somebody, such as accelerate's hooks, has replaced the forward of this one module.
     if "forward" in vars(module) or why_not(module) is not None:
         return None
-    return cls if weight.is_floating_point() else None
+    return cls if weight.is_floating_point() and weight.numel() >= MIN_WEIGHTS else None
 
 
 def _sparsity(module: nn.Module) -> float | None:
@@ -179,14 +181,16 @@ def _of_masks(layers: dict[str, nn.Module], masks: MasksByName) -> dict[str, nn.
     if not found:
         names = list(masks)
         hint = did_you_mean(names[0], [f"{path}.weight" for path in layers]) if names else ""
-        raise GaPError(f"masks: found none of a Linear, Conv1D or Conv2d of this model among {len(names)}{hint}")
+        raise GaPError(
+            f"masks: found none of a Linear, Conv1D or Conv2d that could run sparse among {len(names)}{hint}"
+        )
     return found
 
 
 def _nothing_sparse(sparsities: dict[str, float | None]) -> str:
     known = {name: share for name, share in sparsities.items() if share is not None}
     if not known:
-        return "the model has no Linear, Conv1D or Conv2d that could run sparse"
+        return f"the model has no Linear, Conv1D or Conv2d of at least {MIN_WEIGHTS} weights that could run sparse"
     name = max(known, key=lambda n: known[n])
     return (
         f"the sparsest layer, '{name}', has {100 * known[name]:.0f} % zeros; expected at least {100 * MIN_SPARSITY:.0f} % "

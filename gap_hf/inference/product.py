@@ -159,7 +159,8 @@ def _is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             "Gradients are on, so layers that are optimized for inference run dense; expected torch.inference_mode()"
         )
         return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type))
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return not (is_traced or torch.is_autocast_enabled(x.device.type))
 
 
 def _runs(layer: Layer, forms: dict[str, Form], x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
