@@ -109,7 +109,9 @@ def compare_with_torch(model: Any, folder: Path, tokenizer: Any) -> int:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    known = sorted({i for i in tokenizer.get_vocab().values() if i < model.config.vocab_size} - set(tokenizer.all_special_ids))
+    known = sorted(
+        {i for i in tokenizer.get_vocab().values() if i < model.config.vocab_size} - set(tokenizer.all_special_ids)
+    )
     ids = torch.tensor(known)[torch.randint(len(known), (_SOURCES, _LENGTH), generator=generator)]
     seq2seq = model.config.is_encoder_decoder
     if seq2seq:
@@ -132,7 +134,9 @@ def compare_with_torch(model: Any, folder: Path, tokenizer: Any) -> int:
                 logits = model(input_ids=torch.cat([source[None], target], 1)).logits[0, len(source) - 1 : -1]
         logits = logits.clone()
         logits[:, never] = -torch.inf
-        behind = (logits.max(-1).values - logits.gather(-1, target[0][:, None])[:, 0]) / logits[logits > -torch.inf].abs().max()
+        behind = (logits.max(-1).values - logits.gather(-1, target[0][:, None])[:, 0]) / logits[
+            logits > -torch.inf
+        ].abs().max()
         if not float(behind.max()) <= _TOLERANCE:
             place = int((behind > _TOLERANCE).nonzero()[0])
             raise GaPError(

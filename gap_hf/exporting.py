@@ -77,7 +77,9 @@ def _onnx(folder: Path, output: Path) -> str:
             checked = f"checked: ONNX Runtime's outputs are torch's but for {difference:.1e} of the largest"
         for path in (folder / name for name in _BESIDE if (folder / name).is_file()):
             shutil.copy2(path, made / path.name)
-        return "\n".join([*(f'onnxruntime.InferenceSession("{output / graph.name}.onnx")' for graph in graphs), checked])
+        return "\n".join(
+            [*(f'onnxruntime.InferenceSession("{output / graph.name}.onnx")' for graph in graphs), checked]
+        )
 
     return _into(output, write)
 
@@ -116,7 +118,13 @@ def _into(output: Path, write: Callable[[Path], str]) -> str:
 
 FORMATS: dict[str, Callable[[Path, Path], str]] = {"timm": _timm, "onnx": _onnx, "ctranslate2": _ctranslate2}
 # What others read beside the graphs.
-_BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+_BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -58,6 +58,4 @@ def load_tokenizer(folder: Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # with files missing, some tokenizers raise whatever they stumble over
         said = str(error).strip().splitlines()
-        raise GaPError(
-            f"{folder}: has no tokenizer that loads: {said[0] if said else type(error).__name__}"
-        ) from None
+        raise GaPError(f"{folder}: has no tokenizer that loads: {said[0] if said else type(error).__name__}") from None

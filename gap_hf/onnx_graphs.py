@@ -77,9 +77,7 @@ class _Causal(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         cache = _filled(past)
-        output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{self.cache: cache}
-        )
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{self.cache: cache})
         return output.logits, _tensors(cache)
 
 

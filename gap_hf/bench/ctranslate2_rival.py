@@ -64,7 +64,10 @@ class CTranslate2Rival:
         )
 
     def tokens(self, result: Any) -> list[list[int]]:
-        rows = [[int(token[1:]) for token in (one.hypotheses if hasattr(one, "hypotheses") else one.sequences)[0]] for one in result]
+        rows = [
+            [int(token[1:]) for token in (one.hypotheses if hasattr(one, "hypotheses") else one.sequences)[0]]
+            for one in result
+        ]
         return until_end(rows, self.subject.special.ends)
 
     def forward(self, inputs: Inputs) -> Callable[[], Tensor | None]:

@@ -242,9 +242,7 @@ class _Work:
             )
         return found
 
-    def _warm(
-        self, calls: Mapping[str, Callable[[], Any]]
-    ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    def _warm(self, calls: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
         """Call each once or twice, and leave out what takes too long; never torch fp32."""
         kept, slow = {}, {}
         for name, call in calls.items():

@@ -43,8 +43,8 @@ def where_time_goes(model: nn.Module, original: nn.Module, call: Callable[[], An
             for name, module in model.named_modules()
             if name in kinds
             for handle in (
-                module.register_forward_pre_hook(lambda m, a, kind=kinds[name]: clock.enter(kind)),
-                module.register_forward_hook(lambda m, a, o: clock.leave()),
+                module.register_forward_pre_hook(lambda m, a, kind=kinds[name], clock=clock: clock.enter(kind)),
+                module.register_forward_hook(lambda m, a, o, clock=clock: clock.leave()),
             )
         ]
         try:

@@ -111,7 +111,9 @@ def make_cell(
     rows = []
     for name, seconds in times.items():
         start = [] if first is None else first[name]
-        steps = [(whole - part) / (tokens - 1) for whole, part in zip(seconds, start, strict=False)] if tokens > 1 else []
+        steps = (
+            [(whole - part) / (tokens - 1) for whole, part in zip(seconds, start, strict=False)] if tokens > 1 else []
+        )
         rows.append(
             Row(
                 rival=name,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gap_hf.quiet import quiet
 from gap_hf.bench.subject import CAUSAL, Job, Shape, Subject, search_settings
 from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.quiet import quiet
 
 Inputs = Mapping[str, Tensor]
 BASE, OURS = "torch fp32", "ours"
@@ -121,7 +121,7 @@ def _int8(subject: Subject, scratch: Path) -> Rival:
 
 
 def _ours(subject: Subject, scratch: Path) -> Rival:
-    from gap_hf import optimize_for_inference
+    from gap_hf.inference.optimize import optimize_for_inference
 
     model = copy.deepcopy(subject.model)
     optimize_for_inference(model)

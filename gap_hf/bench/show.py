@@ -26,13 +26,29 @@ def as_text(report: Report) -> str:
         head = ("tokens", "threads", "all sparse layers", "ms", "95 %", f"against {BASE}", "ours is")
         rows = [[str(c.batch), str(c.threads), r.rival, *_times(r), *_ratios(r)] for c in layers for r in c.rows]
         lines += [text_table(head, rows, left=3), ""]
-    head = ("batch", "beams", "threads", "rival", "ms", "95 %", "first token", "each after", f"against {BASE}", "ours is")
+    head = (
+        "batch",
+        "beams",
+        "threads",
+        "rival",
+        "ms",
+        "95 %",
+        "first token",
+        "each after",
+        f"against {BASE}",
+        "ours is",
+    )
     rows = [_whole(cell, row) for cell in whole for row in cell.rows]
     lines += [text_table(head, rows, left=4), ""]
     if report.agreement:
         head = ("output", "beams", "equal tokens", "logits off by at most")
         compared = [
-            [a.rival, str(a.beams), "" if a.tokens is None else f"{a.tokens:.1%}", "" if a.logits is None else f"{a.logits:.1e}"]
+            [
+                a.rival,
+                str(a.beams),
+                "" if a.tokens is None else f"{a.tokens:.1%}",
+                "" if a.logits is None else f"{a.logits:.1e}",
+            ]
             for a in report.agreement
         ]
         lines += [text_table(head, compared), f"against {BASE}; logits of the same tokens, relative to the largest", ""]
@@ -50,7 +66,15 @@ def _times(row: Row) -> list[str]:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return (
+        f"{value:.3f}"
+        if value < 1
+        else f"{value:.2f}"
+        if value < 10
+        else f"{value:.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+    )
 
 
 def _ratios(row: Row) -> list[str]:

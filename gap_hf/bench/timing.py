@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 _RESAMPLES = 2000
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,7 @@ class Ratio:
     high: float
 
 
-def in_turns(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, *, burst: float = 0.0
-) -> dict[str, list[float]]:
+def in_turns(calls: Mapping[_Key, Callable[[], Any]], repeats: int, *, burst: float = 0.0) -> dict[_Key, list[float]]:
     """Seconds of every call, `repeats` times, one round after the other; the first of a round moves on each time.
 
     Args:
@@ -31,11 +30,11 @@ def in_turns(
         burst: At least so many seconds are timed at a time, if a call takes less: its time is then their mean.
     """
     names = list(calls)
-    counts = {name: 1 for name in names}
+    counts = dict.fromkeys(names, 1)
     if burst:
         for name in names:
             counts[name] = max(1, round(burst / max(1e-7, _seconds(calls[name], 3))))
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[_Key, list[float]] = {name: [] for name in names}
     for number in range(repeats):
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
