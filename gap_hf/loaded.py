@@ -55,7 +55,10 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # with files missing, some tokenizers raise whatever they stumble over
         said = str(error).strip().splitlines()
         raise GaPError(f"{folder}: has no tokenizer that loads: {said[0] if said else type(error).__name__}") from None
+    if len(tokenizer.get_vocab()) < 2:  # others are made of nothing
+        raise GaPError(f"{folder}: has no tokenizer that loads: its vocabulary is empty")
+    return tokenizer
