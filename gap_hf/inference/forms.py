@@ -50,8 +50,8 @@ class _Compiled:
             None if scratch is None else scratch.data_ptr(),
             tokens,
         )
-        alone = self._team is None or threads == 1
-        num_bad = self._share(*pointers, 0, 1) if alone else self._team(*pointers, threads)
+        team = None if threads == 1 else self._team
+        num_bad = self._share(*pointers, 0, 1) if team is None else team(*pointers, threads)
         if num_bad:
             return None
         return y if self.dtype is torch.float32 else y.to(self.dtype)

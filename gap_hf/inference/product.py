@@ -160,7 +160,7 @@ def _is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
         return False
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return not (is_traced or torch.is_autocast_enabled(x.device.type))
+    return not (is_traced or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type))
 
 
 def _runs(layer: Layer, forms: dict[str, Form], x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
