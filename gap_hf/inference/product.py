@@ -99,11 +99,11 @@ class Product:
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """The layer's output. Never other than dense's by more than rounding, and dense itself where that is not sure."""
-        weight = layer._parameters["weight"]
-        tokens = layer.num_tokens(x) if _is_allowed(x, weight, layer._parameters["bias"]) else 0
+        parameters, packed = layer._parameters, self.packed
+        weight = parameters["weight"]
+        tokens = layer.num_tokens(x) if _is_allowed(x, weight, parameters["bias"]) else 0
         if tokens == 0:
             return layer.dense(x)
-        packed = self.packed
         if packed is None or not packed.is_of(weight):
             packed = self.pack(layer)
         threads, range_ = compiled.num_threads(torch.get_num_threads()), range_of(tokens)
