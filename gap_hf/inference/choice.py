@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import statistics
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ DENSE = "dense"
 VERSION = 1  # of the kernels: what was measured with others counts no more
 MAX_RANGE = 10  # 2**10 tokens and more are one range, measured at its start
 _WIN = 0.95  # a form's time by dense's must be at most this
-_SECONDS, _MIN_ROUNDS, _MAX_ROUNDS = 0.02, 5, 41
+_SECONDS, _MIN_ROUNDS, _MAX_ROUNDS = 0.03, 7, 60
 
 
 def range_of(tokens: int) -> int:
@@ -48,19 +47,18 @@ def fastest(runs: Sequence[Mapping[str, Callable[[], object]]]) -> str:
 
 
 def _shares_of_dense(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median over rounds of each one's time by dense's of the same round; in a round each runs once."""
+    """Each one's time by dense's, shortest by shortest: whatever else the machine does only adds time. In a round each runs once."""
     for run in runs.values():
         run()
-    rounds: list[dict[str, float]] = []
-    begin = time.perf_counter()
-    while len(rounds) < _MIN_ROUNDS or (time.perf_counter() - begin < _SECONDS and len(rounds) < _MAX_ROUNDS):
-        took = {}
+    shortest = dict.fromkeys(runs, float("inf"))
+    begin, rounds = time.perf_counter(), 0
+    while rounds < _MIN_ROUNDS or (time.perf_counter() - begin < _SECONDS and rounds < _MAX_ROUNDS):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            took[name] = time.perf_counter() - start
-        rounds.append(took)
-    return {name: statistics.median(took[name] / took[DENSE] for took in rounds) for name in runs}
+            shortest[name] = min(shortest[name], time.perf_counter() - start)
+        rounds += 1
+    return {name: seconds / shortest[DENSE] for name, seconds in shortest.items()}
 
 
 class Memory:

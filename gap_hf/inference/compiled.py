@@ -61,9 +61,9 @@ def kernel(kind: str, width: int, values: str, columns: str) -> Compiled | None:
         return None
 
 
-def num_threads(wanted: int) -> int:
-    """Threads that a kernel may use. One in a forked child: its parent's OpenMP threads do not exist there, and are waited for."""
-    return 1 if _state["forked"] else wanted
+def has_forked() -> bool:
+    """In a forked child a kernel has one thread: its parent's OpenMP threads do not exist there, and would be waited for."""
+    return _state["forked"]
 
 
 @functools.cache

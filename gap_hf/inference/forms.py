@@ -40,18 +40,16 @@ class _Compiled:
         tokens = x.numel() // self.num_in
         if self.dtype is not torch.float32:
             x, bias = x.float(), None if bias is None else bias.float()
-        y = torch.empty((*x.shape[:-1], self.num_out))
-        scratch = torch.empty(threads * self.scratch) if self.scratch and tokens > 1 else None
-        pointers = (
-            self._layer_address,
-            x.data_ptr(),
-            self._no_bias_address if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            None if scratch is None else scratch.data_ptr(),
-            tokens,
-        )
-        alone = self._team is None or threads == 1
-        num_bad = self._share(*pointers, 0, 1) if alone else self._team(*pointers, threads)
+        y = x.new_empty((*x.shape[:-1], self.num_out))
+        team = None if threads == 1 or compiled.has_forked() else self._team
+        if self.scratch and tokens > 1:
+            scratch = torch.empty(self.scratch if team is None else threads * self.scratch)
+            scratch_address = scratch.data_ptr()
+        else:
+            scratch_address = None
+        bias_address = self._no_bias_address if bias is None else bias.data_ptr()
+        call = (self._layer_address, x.data_ptr(), bias_address, y.data_ptr(), scratch_address, tokens)
+        num_bad = self._share(*call, 0, 1) if team is None else team(*call, threads)
         if num_bad:
             return None
         return y if self.dtype is torch.float32 else y.to(self.dtype)

@@ -61,7 +61,8 @@ class Packed:
         weight: The parameter; `address` and `version` tell whether it has changed since.
         structure: Of its zeros.
         chosen: By (threads, range of token counts): a form, or None where dense is faster.
-        names: The same by name, for people.
+        at: The same by (threads, token count), as it is looked up in every call.
+        names: As `chosen`, by name, for people.
     """
 
     weight: Tensor
@@ -69,11 +70,13 @@ class Packed:
     version: int | None
     structure: Structure
     chosen: dict[tuple[int, int], Form | None] = field(default_factory=dict)
+    at: dict[tuple[int, int], Form | None] = field(default_factory=dict)
     names: dict[tuple[int, int], str] = field(default_factory=dict)
     forms: dict[str, Form | None] = field(default_factory=dict)
 
     def is_of(self, weight: Tensor) -> bool:
-        return weight is self.weight and weight.data_ptr() == self.address and _version(weight) == self.version
+        is_same = weight is self.weight and weight.data_ptr() == self.address
+        return is_same and (self.version is None or weight._version == self.version)
 
     def form(self, name: str, matrix: Tensor) -> Form | None:
         """None where this weight cannot take it. Made when it is asked for first."""
@@ -99,18 +102,18 @@ class Product:
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """The layer's output. Never other than dense's by more than rounding, and dense itself where that is not sure."""
-        weight = layer._parameters["weight"]
-        tokens = layer.num_tokens(x) if _is_allowed(x, weight, layer._parameters["bias"]) else 0
+        parameters, packed = layer._parameters, self.packed
+        weight = parameters["weight"]
+        tokens = layer.num_tokens(x) if _is_allowed(x, weight, parameters["bias"]) else 0
         if tokens == 0:
             return layer.dense(x)
-        packed = self.packed
         if packed is None or not packed.is_of(weight):
             packed = self.pack(layer)
-        threads, range_ = compiled.num_threads(torch.get_num_threads()), range_of(tokens)
+        threads = torch.get_num_threads()
         try:
-            form = packed.chosen[threads, range_]
+            form = packed.at[threads, tokens]
         except KeyError:
-            form = self.choose(layer, packed, x, threads, range_)
+            form = packed.at[threads, tokens] = self.choose(layer, packed, x, threads, range_of(tokens))
         out = None if form is None else layer.sparse(x, form, threads)
         return layer.dense(x) if out is None else out
 
@@ -124,8 +127,7 @@ class Product:
 
     def prepare(self, layer: Layer, packed: Packed, tokens: int) -> None:
         """Choose now what an input of so many tokens would have to wait for."""
-        threads = compiled.num_threads(torch.get_num_threads())
-        self.choose(layer, packed, packed.weight.detach().new_empty(0), threads, range_of(tokens))
+        self.choose(layer, packed, packed.weight.detach().new_empty(0), torch.get_num_threads(), range_of(tokens))
 
     def choose(self, layer: Layer, packed: Packed, x: Tensor, threads: int, range_: int) -> Form | None:
         """Take the remembered choice, or measure and remember one."""
@@ -160,7 +162,7 @@ def _is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
         return False
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return not (is_traced or torch.is_autocast_enabled(x.device.type))
+    return not (is_traced or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type))
 
 
 def _runs(layer: Layer, forms: dict[str, Form], x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
