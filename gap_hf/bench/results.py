@@ -30,10 +30,13 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Row:
-    """One rival in one cell. Times in milliseconds: of a call, of generating its first token, of each token after it."""
+    """One rival in one cell. Times in milliseconds: of a call, the shortest of them (of use where other programs run), of
+    generating its first token, of each token after it.
+    """
 
     rival: str
     ms: Ratio
+    shortest_ms: float
     first_ms: float | None
     token_ms: float | None
     speed: Ratio  # how many times as fast as torch fp32
@@ -118,6 +121,7 @@ def make_cell(
             Row(
                 rival=name,
                 ms=_scaled(spread(seconds)),
+                shortest_ms=1e3 * min(seconds),
                 first_ms=1e3 * spread(start).median if start else None,
                 token_ms=1e3 * spread(steps).median if steps else None,
                 speed=ratio(times[BASE], seconds),

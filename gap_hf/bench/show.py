@@ -23,7 +23,7 @@ def as_text(report: Report) -> str:
     layers = [cell for cell in report.shown() if cell.level == LAYERS]
     whole = [cell for cell in report.shown() if cell.level != LAYERS]
     if layers:
-        head = ("tokens", "threads", "all sparse layers", "ms", "95 %", f"against {BASE}", "ours is")
+        head = ("tokens", "threads", "all sparse layers", "ms", "95 %", "shortest", f"against {BASE}", "ours is")
         rows = [[str(c.batch), str(c.threads), r.rival, *_times(r), *_ratios(r)] for c in layers for r in c.rows]
         lines += [text_table(head, rows, left=3), ""]
     head = (
@@ -33,6 +33,7 @@ def as_text(report: Report) -> str:
         "rival",
         "ms",
         "95 %",
+        "shortest",
         "first token",
         "each after",
         f"against {BASE}",
@@ -62,7 +63,7 @@ def as_text(report: Report) -> str:
 
 
 def _times(row: Row) -> list[str]:
-    return [_ms(row.ms.median), f"{_ms(row.ms.low)}–{_ms(row.ms.high)}"]
+    return [_ms(row.ms.median), f"{_ms(row.ms.low)}–{_ms(row.ms.high)}", _ms(row.shortest_ms)]
 
 
 def _ms(value: float) -> str:
