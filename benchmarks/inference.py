@@ -56,7 +56,7 @@ def main() -> None:
         return
     shapes: Sequence[tuple[int, int]] = SHAPES
     if args.quick:
-        shapes, args.tokens, args.seconds, args.rounds = ((64, 64), (64, 128)), (1, 8), 0.02, (3, 10)
+        shapes, args.tokens, args.seconds, args.rounds = ((256, 256), (256, 512)), (1, 8), 0.02, (3, 10)
     begin = time.perf_counter()
     load = os.getloadavg()[0]
     # Choices are measured in this run.
@@ -141,10 +141,13 @@ def measure_threads(shape: tuple[int, int], args: argparse.Namespace) -> dict[st
                 run()
                 took[str(threads)].append(time.perf_counter() - start)
     torch.set_num_threads(1)
+    (report,) = inference_report(layer)
+    forms = {str(threads): form for (threads, _), form in report.forms.items()}
     times = {name: 1e6 * float(np.median(values)) for name, values in took.items()}
     return {
         "shape": list(shape),
         "tokens": tokens,
+        "forms": forms,
         "microseconds": times,
         "shortest": min(took["1"]) / min(took["2"]),
         **ratio(took["1"], took["2"]),
