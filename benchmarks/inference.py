@@ -9,7 +9,7 @@ number of tokens torch, ONNX Runtime and both optimized layers take turns, of on
 so Python, checks and the choice between sparse and dense are in its time. A ratio is the time of the dense engine with
 the lower median by the layer's in the same round; given are the median over rounds and its 95 % bootstrap interval, and,
 as other work on the machine only adds time, the shortest time of any dense engine by the layer's shortest.
-Then the 16x1 layers with 1 and 2 threads take turns at 256 tokens.
+Then the 16x1 layers with 1 and 2 threads take turns of ten calls at 256 tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
         return
     shapes: Sequence[tuple[int, int]] = SHAPES
     if args.quick:
-        shapes, args.tokens, args.seconds, args.rounds = ((64, 64), (64, 128)), (1, 8), 0.02, (3, 10)
+        shapes, args.tokens, args.seconds, args.rounds = ((256, 256), (256, 512)), (1, 8), 0.02, (3, 10)
     begin = time.perf_counter()
     load = os.getloadavg()[0]
     # Choices are measured in this run.
@@ -134,15 +134,20 @@ def measure_threads(shape: tuple[int, int], args: argparse.Namespace) -> dict[st
     while len(took["1"]) < args.rounds[0] or (time.perf_counter() < stop and len(took["1"]) < args.rounds[1]):
         for threads, run in runs.items():
             torch.set_num_threads(threads)
-            run()
-            start = time.perf_counter()
-            run()
-            took[str(threads)].append(time.perf_counter() - start)
+            for _ in range(3):  # OpenMP starts its threads
+                run()
+            for _ in range(10):
+                start = time.perf_counter()
+                run()
+                took[str(threads)].append(time.perf_counter() - start)
     torch.set_num_threads(1)
+    (report,) = inference_report(layer)
+    forms = {str(threads): form for (threads, _), form in report.forms.items()}
     times = {name: 1e6 * float(np.median(values)) for name, values in took.items()}
     return {
         "shape": list(shape),
         "tokens": tokens,
+        "forms": forms,
         "microseconds": times,
         "shortest": min(took["1"]) / min(took["2"]),
         **ratio(took["1"], took["2"]),

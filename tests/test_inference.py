@@ -453,6 +453,25 @@ def test_the_faster_one_is_taken_and_remembered(monkeypatch: pytest.MonkeyPatch)
     assert inference_report(twin)[0].forms == report.forms
 
 
+def test_one_thread_is_a_choice_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[set[str]] = []
+
+    def fastest(runs) -> str:
+        offered.append(set(runs[0]))
+        return "blocks on 1 thread" if "blocks on 1 thread" in runs[0] else "blocks"
+
+    monkeypatch.setattr(product, "fastest", fastest)
+    layer = sparse_linear(40, 48, 16)
+    x = torch.randn(1, 40)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        optimize_for_inference(layer, token_counts=[1])
+        assert_close(layer(x), x, layer.weight, layer.bias)
+        used = inference_report(layer)[0].forms[threads, 1]
+        assert used == ("blocks on 1 thread" if threads == 2 else "blocks")
+    assert offered == [{"dense", "blocks"}, {"dense", "blocks", "blocks on 1 thread"}]
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"version": 1}', '{"version": 1, "choices": [1]}', '{"version": 99}', "\x00"]
 )

@@ -192,6 +192,9 @@ FORMS: Mapping[str, Callable[[Tensor, Tensor, Structure], Form | None]] = {
 }
 
 
+COMPILED = ("blocks", "singles")  # those that take a number of threads
+
+
 def candidates(structure: Structure, device: str) -> tuple[str, ...]:
     """Names of the forms that are worth measuring."""
     if device == "cuda":

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from gap_hf.inference import compiled
 from gap_hf.inference.choice import DENSE, MEMORY, fastest, range_of
-from gap_hf.inference.forms import FORMS, Form, candidates
+from gap_hf.inference.forms import COMPILED, FORMS, Form, candidates
 from gap_hf.inference.zeros import Structure, structure_of
 
 logger = logging.getLogger(__name__)
 
 _lock = threading.RLock()  # one measurement at a time, or they would measure each other
 _told: set[str] = set()
+ALONE = " on 1 thread"
 
 
 class Layer(Protocol):
@@ -80,9 +82,15 @@ class Packed:
 
     def form(self, name: str, matrix: Tensor) -> Form | None:
         """None where this weight cannot take it. Made when it is asked for first."""
-        if name not in self.forms:
-            self.forms[name] = FORMS[name](matrix, matrix != 0, self.structure)
-        return self.forms[name]
+        base = name.removesuffix(ALONE)
+        if base not in self.forms:
+            self.forms[base] = FORMS[base](matrix, matrix != 0, self.structure)
+        form = self.forms[base]
+        return form if name == base or form is None else partial(_alone, form)
+
+
+def _alone(form: Form, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
+    return form(x, bias, 1)
 
 
 def _version(weight: Tensor) -> int | None:
@@ -135,7 +143,7 @@ class Product:
             if (threads, range_) in packed.chosen:
                 return packed.chosen[threads, range_]
             matrix = layer.matrix(packed.weight.detach())
-            names = candidates(packed.structure, matrix.device.type)
+            names = _names(packed.structure, matrix, threads)
             key = _key(layer, packed.structure, matrix, names, threads, range_)
             name = MEMORY.get(key, names)
             if name is None:
@@ -145,9 +153,15 @@ class Product:
             form = None if name == DENSE else packed.form(name, matrix)
             packed.names[threads, range_] = DENSE if form is None else name
             packed.chosen[threads, range_] = form
-            kept = set(packed.names.values())
+            kept = {name.removesuffix(ALONE) for name in packed.names.values()}
             packed.forms = {name: form for name, form in packed.forms.items() if name in kept}
             return form
+
+
+def _names(structure: Structure, matrix: Tensor, threads: int) -> tuple[str, ...]:
+    """Forms to measure. Where little is to be done, or another process has the cores, one thread is faster than many."""
+    names = candidates(structure, matrix.device.type)
+    return names + tuple(name + ALONE for name in names if threads > 1 and name in COMPILED)
 
 
 def _is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
