@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication bench-training bench-format scaling-docs clean
+.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication bench-training
+.PHONY: bench-format bench-inference scaling-docs clean
 .PHONY: bench-quality-tiny bench-quality-small bench-quality-gpu quality-report
 
 demo: $(VENV)/.demo  ## train a sparse English-German translator from nothing
@@ -38,6 +39,9 @@ bench-communication: $(VENV)/.bench  ## bytes and time of DDP with live gradient
 
 bench-format: $(VENV)/.bench  ## bytes, load time and memory of the packed form, beside the dense file and zstd
 	$(BIN)/python benchmarks/format.py
+
+bench-inference: $(VENV)/.bench  ## sparse layers against the best dense fp32 of torch and ONNX Runtime, on this CPU
+	$(BIN)/python benchmarks/inference.py
 
 scaling-docs: $(VENV)/.bench  ## the numbers in docs/scaling.md, from what was recorded
 	$(BIN)/python benchmarks/communication.py --table --into docs/scaling.md

@@ -13,6 +13,7 @@ from gap_hf.after_import import import_after
 if TYPE_CHECKING:
     from gap_hf.config import GaPConfig
     from gap_hf.errors import GaPError
+    from gap_hf.inference.optimize import inference_report, optimize_for_inference, restore
     from gap_hf.partition import make_partition
     from gap_hf.plan import Plan, make_plan
     from gap_hf.recorded import load_masks
@@ -32,9 +33,12 @@ __all__ = [
     "Plan",
     "Sparsifier",
     "find_targets",
+    "inference_report",
     "load_masks",
     "make_partition",
     "make_plan",
+    "optimize_for_inference",
+    "restore",
     "save_pretrained",
 ]
 
@@ -47,9 +51,12 @@ _HOMES = {
     "Plan": "plan",
     "Sparsifier": "sparsifier",
     "find_targets": "targets",
+    "inference_report": "inference.optimize",
     "load_masks": "recorded",
     "make_partition": "partition",
     "make_plan": "plan",
+    "optimize_for_inference": "inference.optimize",
+    "restore": "inference.optimize",
     "save_pretrained": "saving",
 }
 

@@ -20,7 +20,8 @@ COMMANDS = {
     "diff": "compare two saved models: weights to the bit, and masks",
     "card": "write the model card of a sparse model, from what is measured of it",
     "report": "write one HTML file about a run: phases, sparsity, scores, mask churn, layers, sizes",
-    "export": "write a saved model's weights under the names that another library gives them",
+    "bench": "time a sparse model on this machine against the best that its dense form can be run with",
+    "export": "write a saved model for ONNX Runtime, CTranslate2 or timm",
     "push": "verify a sparse model's folder and publish it on the Hub, in either form",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -11,6 +12,10 @@ class GaPError(ValueError):
 
     The command line prints it as one line and exits with code 2.
     """
+
+
+class NotInstalled(GaPError):
+    """A package is missing that only this needs."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -26,3 +31,10 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
         return near
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"; valid names: {shown}" if names else ""
+
+
+def require(*modules: str) -> None:
+    """Raise a NotInstalled that names the first of `modules` that is not there, and how it is installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise NotInstalled(f"not installed: pip install {module}")

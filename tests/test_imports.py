@@ -44,6 +44,7 @@ _FOLDERS = {
     "run_record",
     "run_html",
     "exporting",
+    "bench",
 }
 _FILES = {"checkpoint", "lr", "planning", "recipe", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -106,8 +107,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_record": {"errors", "card_facts", "checkpoint", "plan"},
     "run_figures": {"plan", "report", "run_record"},
     "run_html": {"run_figures", "run_record", "tables"},
-    "exporting": {"errors", "folder_files"},
+    "quiet": set(),
+    "loaded": {"errors", "folder_files", "packed", "quiet"},
+    "onnx_graphs": {"errors"},
+    "onnx_files": {"errors", "onnx_graphs", "quiet"},
+    "ctranslate2_files": {"errors", "quiet"},
+    "exporting": {"errors", "folder_files", "loaded", "onnx_files", "ctranslate2_files"},
+    # Of the package itself, only optimize_for_inference, which is what is timed.
+    "bench": {
+        "errors",
+        "bench",
+        "ctranslate2_files",
+        "inference",
+        "loaded",
+        "onnx_files",
+        "onnx_graphs",
+        "quiet",
+        "tables",
+    },
     "uploads": {"errors", "checkpoint", "packed"},
+    "inference": {"errors", "inference", "targets"},
     "resuming": {"errors", "folder_files", "shards"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
     "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models"},

@@ -1,4 +1,4 @@
-"""`gap-hf export`: a saved model's weights under the names that another library gives them."""
+"""`gap-hf export`: a saved model for ONNX Runtime, CTranslate2 or timm."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from gap_hf.exporting import FORMATS, export
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = (
-        "Write the weights of a saved model, in either form, as another library names them. timm: one safetensors file for "
-        "timm.create_model(name, checkpoint_path=FILE), of a model that transformers wraps (TimmWrapper)."
+        "Write a saved model, in either form, for other software; what was pruned is zeros in it. onnx: graphs with keys and values as "
+        "inputs and outputs, named as optimum names them, compared with torch. ctranslate2: a folder for its Translator or Generator, "
+        "compared too. timm: one safetensors file for timm.create_model(name, checkpoint_path=FILE), of a TimmWrapper model."
     )
     parser.add_argument("folder", type=Path, help="a saved model")
-    parser.add_argument("output", type=Path, help="the file to write")
-    parser.add_argument("--format", choices=FORMATS, default="timm", help="whose names (default: timm)")
+    parser.add_argument("output", type=Path, help="the folder to write, new or empty; for timm the file")
+    parser.add_argument("--to", "--format", dest="format", choices=FORMATS, default="timm", help="default: timm")
     parser.set_defaults(run=run)
 
 

@@ -1,0 +1,204 @@
+"""The forms that a sparse (N, K) weight can take, each with the operation that multiplies by it.
+
+A form is built from the weight and a bool matrix of what is live in it, and holds the live values as they are. It is called
+with `x` of shape (…, K), contiguous and of the weight's dtype, the bias or None, and a number of threads. It returns
+(…, N), or None where `x` holds NaN or an infinity: those times a masked weight are NaN, which a form that skips it cannot know.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from gap_hf.inference import compiled
+from gap_hf.inference.zeros import Structure
+
+Form = Callable[[Tensor, Tensor | None, int], Tensor | None]
+_VALUES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_SLICE = 8  # gap_hf.inference.kernels.SLICE, which needs llvmlite
+
+
+class _Compiled:
+    """What both kernels need: addresses of the packed weight, and a call."""
+
+    def __init__(self, kernel: compiled.Compiled, shape: torch.Size, dtype: torch.dtype, arrays: list[Tensor]) -> None:
+        (self.num_out, self.num_in), self.dtype, self.arrays = shape, dtype, arrays
+        groups = len(arrays[0]) - 1
+        self.scratch = kernel.scratch(self.num_in)
+        layer = [self.num_in, self.num_out, groups, self.scratch, *(array.data_ptr() for array in arrays)]
+        self.layer = torch.tensor(layer, dtype=torch.int64)
+        self.no_bias = torch.zeros(self.num_out)
+        self.owner = kernel.owner
+        self._share, self._team = kernel.share, kernel.team
+        self._layer_address, self._no_bias_address = self.layer.data_ptr(), self.no_bias.data_ptr()
+
+    def __call__(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
+        tokens = x.numel() // self.num_in
+        if self.dtype is not torch.float32:
+            x, bias = x.float(), None if bias is None else bias.float()
+        y = x.new_empty((*x.shape[:-1], self.num_out))
+        team = None if threads == 1 or compiled.has_forked() else self._team
+        if self.scratch and tokens > 1:
+            scratch = torch.empty(self.scratch if team is None else threads * self.scratch)
+            scratch_address = scratch.data_ptr()
+        else:
+            scratch_address = None
+        bias_address = self._no_bias_address if bias is None else bias.data_ptr()
+        call = (self._layer_address, x.data_ptr(), bias_address, y.data_ptr(), scratch_address, tokens)
+        num_bad = self._share(*call, 0, 1) if team is None else team(*call, threads)
+        if num_bad:
+            return None
+        return y if self.dtype is torch.float32 else y.to(self.dtype)
+
+
+def blocks(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
+    """Blocks of 8, 16 or 32 outputs by one input, compiled. None where there are none, or nothing can be compiled."""
+    width = min(structure.rows, 32)
+    if width < 8 or not _is_packable(weight):
+        return None
+    kernel = compiled.kernel("blocks", width, _VALUES[weight.dtype], _columns(weight))
+    if kernel is None:
+        return None
+    num_out, num_in = weight.shape
+    groups = num_out // width
+    of_group = live.view(groups, width, num_in).any(dim=1)
+    group, column = of_group.nonzero(as_tuple=True)
+    values = weight.reshape(groups, width, num_in).transpose(1, 2)[group, column].contiguous()
+    return _Compiled(
+        kernel, weight.shape, weight.dtype, [_starts(of_group.sum(dim=1)), _narrow(column, weight), values]
+    )
+
+
+def singles(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
+    """Single weights, compiled. The j-th live weights of eight neighbouring outputs lie side by side, as in sliced ELL
+    (Monakov et al. 2010); an output with fewer than its neighbours is filled up with zeros.
+    """
+    if not _is_packable(weight):
+        return None
+    kernel = compiled.kernel("singles", 1, _VALUES[weight.dtype], _columns(weight))
+    if kernel is None:
+        return None
+    lengths = live.sum(dim=1)
+    padded = torch.nn.functional.pad(lengths, (0, -len(lengths) % _SLICE))
+    starts = _starts(padded.view(-1, _SLICE).max(dim=1).values)
+    output, column = live.nonzero(as_tuple=True)
+    before = lengths.cumsum(dim=0) - lengths
+    rank = torch.arange(len(output)) - before[output]
+    at = (starts[output // _SLICE].long() + rank) * _SLICE + output % _SLICE
+    columns = torch.zeros(int(starts[-1]) * _SLICE, dtype=torch.int64)
+    values = torch.zeros(len(columns), dtype=weight.dtype)
+    columns[at], values[at] = column, weight[output, column]
+    arrays = [starts, _narrow(columns, weight), values, lengths.to(torch.int32)]
+    return _Compiled(kernel, weight.shape, weight.dtype, arrays)
+
+
+def _is_packable(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in _VALUES and 0 < weight.numel() < 2**31
+
+
+def _columns(weight: Tensor) -> str:
+    return "u16" if weight.shape[1] <= 2**16 else "i32"
+
+
+def _narrow(columns: Tensor, weight: Tensor) -> Tensor:
+    return columns.to(torch.int32).to(torch.uint16 if _columns(weight) == "u16" else torch.int32)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
+
+
+def torch_csr(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
+    """torch's own CSR product (MKL on x86), fp32 on a CPU."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.float32:
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = (weight * live).to_sparse_csr()
+
+    def form(x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
+        if not _is_finite(x):
+            return None
+        y = (matrix @ x.view(-1, x.shape[-1]).t()).t()
+        return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], y.shape[-1])
+
+    return form
+
+
+def gathered(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
+    """Blocks without a compiler: the live inputs of each group are gathered and multiplied in one batch of small products.
+    A group with fewer blocks than the fullest is filled up with zeros.
+    """
+    rows = structure.rows
+    if rows < 8 or weight.device.type != "cpu" or weight.dtype not in _VALUES:
+        return None
+    num_out, num_in = weight.shape
+    of_group = live.view(num_out // rows, rows, num_in).any(dim=1)
+    longest = int(of_group.sum(dim=1).max())
+    # A stable sort puts the live columns first, in order; those after them are multiplied by 0.
+    index = (~of_group).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    values = (
+        (weight * live).view(len(of_group), rows, num_in).gather(2, index[:, None].expand(-1, rows, -1)).contiguous()
+    )
+    flat = index.reshape(-1)
+
+    def form(x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
+        if not _is_finite(x):
+            return None
+        inputs = x.view(-1, num_in).t().index_select(0, flat).view(len(of_group), longest, x.numel() // num_in)
+        y = (values @ inputs).view(num_out, x.numel() // num_in).t()
+        return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], num_out)
+
+    return form
+
+
+def _is_finite(x: Tensor) -> bool:
+    # Finite inputs whose sum is not finite are taken for others, and run dense: slower, never wrong.
+    return math.isfinite(x.sum(dtype=torch.float32).item())
+
+
+def two_of_four(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
+    """2:4 on the tensor cores of a GPU, through torch core's `to_sparse_semi_structured`; None where shape, dtype or GPU do
+    not allow it.
+    """
+    if weight.device.type != "cuda" or structure.pattern not in ("2:4", "1:4"):
+        return None
+    from torch.sparse import to_sparse_semi_structured
+
+    try:
+        packed = to_sparse_semi_structured((weight * live).contiguous())
+    except (RuntimeError, ValueError, NotImplementedError):
+        return None
+
+    def form(x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
+        if not bool(torch.isfinite(x).all()):
+            return None
+        return torch.nn.functional.linear(x.view(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], weight.shape[0])
+
+    return form
+
+
+# In the order in which they are tried. What needs no compiler stands in for what does.
+FORMS: Mapping[str, Callable[[Tensor, Tensor, Structure], Form | None]] = {
+    "blocks": blocks,
+    "singles": singles,
+    "torch csr": torch_csr,
+    "gathered blocks": gathered,
+    "2:4 tensor cores": two_of_four,
+}
+
+
+COMPILED = ("blocks", "singles")  # those that take a number of threads
+
+
+def candidates(structure: Structure, device: str) -> tuple[str, ...]:
+    """Names of the forms that are worth measuring."""
+    if device == "cuda":
+        return ("2:4 tensor cores",)
+    if not compiled.available():
+        return ("gathered blocks", "torch csr") if structure.rows > 1 else ("torch csr",)
+    return ("blocks",) if structure.rows > 1 else ("singles", "torch csr")

@@ -1,0 +1,198 @@
+"""Making a sparse model faster on this machine, and undoing it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.inference import compiled
+from gap_hf.inference.layers import ORDINARY, SPARSE, why_not
+from gap_hf.inference.product import Layer, Packed, Product
+from gap_hf.targets import clean_name
+
+logger = logging.getLogger(__name__)
+
+# A product of fewer weights takes a few microseconds, as do the checks before it.
+MIN_WEIGHTS = 2**16
+MIN_SPARSITY = 0.5  # of a layer; below it no form is worth its memory
+
+
+class MasksByName(Protocol):
+    """A dict of masks, or `Sparsifier.masks`."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, name: str, /) -> Tensor | None: ...
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one layer of an optimized model runs.
+
+    Attributes:
+        name: Of the module.
+        shape: (N, K): outputs, inputs (of a convolution: channels times kernel).
+        sparsity: Share of zeros.
+        pattern: That its zeros hold to: ``block:16x1``, ``2:4``, ``unstructured``.
+        forms: By (threads, first token count of a range [2**i, 2**(i + 1))): ``dense`` or the form that is used. Ranges
+            that were not met yet are missing.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    pattern: str
+    forms: dict[tuple[int, int], str]
+
+
+def optimize_for_inference(
+    model: _Model, *, masks: MasksByName | None = None, token_counts: Sequence[int] = ()
+) -> _Model:
+    """Make the sparse layers of a model run in the fastest form for this machine, in place.
+
+    Every Linear, Conv1D (GPT-2's) and Conv2d with 65,536 weights or more, at least half of them 0, may run sparse. Which form it takes,
+    or that it runs dense, is measured when it first meets a number of tokens (in ranges [2**i, 2**(i + 1)), and for each
+    `torch.get_num_threads()`), and remembered in ``$GAP_HF_CACHE/inference.json`` (``~/.cache/gap_hf`` by default). So the
+    first calls are slow; `token_counts` has them measured here.
+
+    The model stays what it was for everything else: parameters, names, ties, hooks, `state_dict`, `save_pretrained`, devices.
+    Weights are not rounded; outputs are dense's up to the order of additions in fp32 (in bf16 models, sums are in fp32 and
+    rounded once). **Dense runs** wherever sparse would not give what dense gives: with an input that holds NaN or an infinity,
+    which times a masked weight is NaN; where gradients are asked for; under autocast, `torch.compile` and tracing; in fp16
+    and fp64; and on GPUs, but for 2:4 in torch's own form. A weight that is changed in place or replaced is packed anew. Only
+    changes that hide from torch's version counter (``weight.data.mul_(2)``) are not seen: call this function again then.
+
+    The live values are held a second time, in fp32 at 90 % about 0.12 of the dense weight for single weights, 0.10 for blocks.
+
+    Args:
+        model: On a CPU, fp32 or bf16.
+        masks: Of the layers that may run sparse, by parameter name, such as `load_masks` gives and `Sparsifier.masks` are. By
+            default the zeros of the weights decide, which is the same for every pruned model.
+        token_counts: Numbers of tokens (batch x length; 1 in greedy decoding) to choose forms for now.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        GaPError: if no layer is sparse, a mask names no layer of the model, or weights do not obey their mask.
+    """
+    if any(not isinstance(count, int) or count < 1 for count in token_counts):
+        raise GaPError(f"token_counts: found {list(token_counts)}, expected numbers of at least 1")
+    layers = {clean_name(name): module for name, module in model.named_modules() if _ordinary_class(module) is not None}
+    if masks is not None:
+        layers = _of_masks(layers, masks)
+    sparsities = {name: _sparsity(module) for name, module in layers.items()}
+    chosen = {name: layers[name] for name, share in sparsities.items() if share is not None and share >= MIN_SPARSITY}
+    if not chosen:
+        raise GaPError(_nothing_sparse(sparsities))
+    compiled.available()  # says now, not in the middle of a generation, if it is not
+    on_gpu: list[str] = []
+    for name, module in chosen.items():
+        if type(module) in SPARSE:
+            cast(Any, module).__class__ = SPARSE[type(module)]
+        product = Product()
+        module.gap_product = cast(Any, product)
+        packed = product.pack(cast(Layer, module))
+        if packed.weight.device.type != "cpu" and packed.structure.pattern not in ("1:4", "2:4"):
+            on_gpu.append(name)
+        if not isinstance(module, nn.Conv2d):
+            for count in token_counts:
+                product.prepare(cast(Layer, module), packed, count)
+    if on_gpu:
+        logger.warning(
+            "%d sparse layers stay dense on their GPU, the first is '%s': only 2:4 runs faster there",
+            len(on_gpu),
+            on_gpu[0],
+        )
+    logger.info("%d of %d layers may run sparse", len(chosen), len(layers))
+    return model
+
+
+def restore(model: _Model) -> _Model:
+    """Undo `optimize_for_inference`: every layer is the ordinary one again, with the very parameters that it has.
+
+    Returns:
+        `model` itself.
+    """
+    for module in model.modules():
+        if type(module) in ORDINARY:
+            cast(Any, module).__class__ = ORDINARY[type(module)]
+            del module.gap_product
+    return model
+
+
+def inference_report(model: nn.Module) -> list[LayerReport]:
+    """What `optimize_for_inference` made of each layer, and which forms were chosen until now; empty for an ordinary model."""
+    found = []
+    for name, module in model.named_modules():
+        if type(module) not in ORDINARY:
+            continue
+        layer = cast(Layer, module)
+        packed: Packed = cast(Product, module.gap_product).packed or cast(Product, module.gap_product).pack(layer)
+        num_out, num_in = layer.matrix(packed.weight.detach()).shape
+        forms = {(threads, 2**range_): form for (threads, range_), form in sorted(packed.names.items())}
+        sparsity = 1 - packed.structure.density
+        found.append(LayerReport(clean_name(name), (num_out, num_in), sparsity, packed.structure.pattern, forms))
+    return found
+
+
+def _ordinary_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a layer has or had, None for what is not ours to change."""
+    cls = ORDINARY.get(type(module), type(module))
+    weight = module._parameters.get("weight")
+    if cls not in SPARSE or weight is None or type(weight.data) is not Tensor or weight.device.type == "meta":
+        return None
+    # Somebody, such as accelerate's hooks, has replaced the forward of this one module.
+    if "forward" in vars(module) or why_not(module) is not None:
+        return None
+    return cls if weight.is_floating_point() and weight.numel() >= MIN_WEIGHTS else None
+
+
+def _sparsity(module: nn.Module) -> float | None:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return 1 - int(torch.count_nonzero(weight.detach())) / weight.numel() if weight.numel() else None
+
+
+def _of_masks(layers: dict[str, nn.Module], masks: MasksByName) -> dict[str, nn.Module]:
+    """Those that have a mask, checked. Weights of other kinds, such as experts, stay as they are."""
+    found = {}
+    for name in masks:
+        mask, path = masks[name], clean_name(name).removesuffix(".weight")
+        if path not in layers:
+            continue
+        weight = layers[path]._parameters["weight"]
+        assert weight is not None
+        if mask is None:
+            continue
+        if mask.shape != weight.shape:
+            raise GaPError(f"masks['{name}'] has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
+        if wrong := int(((weight.detach() != 0) & (mask.to(weight.device) == 0)).sum()):
+            raise GaPError(f"'{name}' has {wrong} masked weights that are not 0; expected a model that obeys its masks")
+        found[path] = layers[path]
+    if not found:
+        names = list(masks)
+        hint = did_you_mean(names[0], [f"{path}.weight" for path in layers]) if names else ""
+        raise GaPError(
+            f"masks: found none of a Linear, Conv1D or Conv2d that could run sparse among {len(names)}{hint}"
+        )
+    return found
+
+
+def _nothing_sparse(sparsities: dict[str, float | None]) -> str:
+    known = {name: share for name, share in sparsities.items() if share is not None}
+    if not known:
+        return f"the model has no Linear, Conv1D or Conv2d of at least {MIN_WEIGHTS} weights that could run sparse"
+    name = max(known, key=lambda n: known[n])
+    return (
+        f"the sparsest layer, '{name}', has {100 * known[name]:.0f} % zeros; expected at least {100 * MIN_SPARSITY:.0f} % "
+        "in some layer, as pruning leaves them"
+    )

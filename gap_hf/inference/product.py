@@ -1,0 +1,221 @@
+"""The product of one layer: sparse where that was measured to be faster and gives what dense gives, else dense."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gap_hf.inference import compiled
+from gap_hf.inference.choice import DENSE, MEMORY, fastest, range_of
+from gap_hf.inference.forms import COMPILED, FORMS, Form, candidates
+from gap_hf.inference.zeros import Structure, structure_of
+
+logger = logging.getLogger(__name__)
+
+_lock = threading.RLock()  # one measurement at a time, or they would measure each other
+_told: set[str] = set()
+ALONE = " on 1 thread"
+
+
+class Layer(Protocol):
+    """What a product asks of its layer (`gap_hf.inference.layers`)."""
+
+    _parameters: Any
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as outputs by inputs, (N, K); a view where it can be."""
+        ...
+
+    def num_tokens(self, x: Tensor) -> int:
+        """M of an input; 0 where the layer cannot be a product of it, and dense says why."""
+        ...
+
+    def dense(self, x: Tensor) -> Tensor:
+        """What the layer is without us."""
+        ...
+
+    def sparse(self, x: Tensor, form: Form, threads: int) -> Tensor | None:
+        """The same by a form; None if the form saw an input that is not finite."""
+        ...
+
+    def samples(self, x: Tensor, range_: int) -> list[Tensor]:
+        """Inputs to measure with, of the range of token counts that `x` is in."""
+        ...
+
+    def kind(self) -> str:
+        """What a choice depends on beside the matrix."""
+        ...
+
+
+@dataclass
+class Packed:
+    """A weight as it was when its forms were made of it.
+
+    Attributes:
+        weight: The parameter; `address` and `version` tell whether it has changed since.
+        structure: Of its zeros.
+        chosen: By (threads, range of token counts): a form, or None where dense is faster.
+        at: The same by (threads, token count), as it is looked up in every call.
+        names: As `chosen`, by name, for people.
+    """
+
+    weight: Tensor
+    address: int
+    version: int | None
+    structure: Structure
+    chosen: dict[tuple[int, int], Form | None] = field(default_factory=dict)
+    at: dict[tuple[int, int], Form | None] = field(default_factory=dict)
+    names: dict[tuple[int, int], str] = field(default_factory=dict)
+    forms: dict[str, Form | None] = field(default_factory=dict)
+
+    def is_of(self, weight: Tensor) -> bool:
+        is_same = weight is self.weight and weight.data_ptr() == self.address
+        return is_same and (self.version is None or weight._version == self.version)
+
+    def form(self, name: str, matrix: Tensor) -> Form | None:
+        """None where this weight cannot take it. Made when it is asked for first."""
+        base = name.removesuffix(ALONE)
+        if base not in self.forms:
+            self.forms[base] = FORMS[base](matrix, matrix != 0, self.structure)
+        form = self.forms[base]
+        return form if name == base or form is None else partial(_alone, form)
+
+
+def _alone(form: Form, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
+    return form(x, bias, 1)
+
+
+def _version(weight: Tensor) -> int | None:
+    # Tensors made under inference_mode do not count their changes.
+    return None if weight.is_inference() else weight._version
+
+
+class Product:
+    """Stands in a layer for its dense product."""
+
+    def __init__(self) -> None:
+        self.packed: Packed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses and compiled code mean nothing in another process, nor beside a copied weight.
+        return {"packed": None}
+
+    def __call__(self, layer: Layer, x: Tensor) -> Tensor:
+        """The layer's output. Never other than dense's by more than rounding, and dense itself where that is not sure."""
+        parameters, packed = layer._parameters, self.packed
+        weight = parameters["weight"]
+        tokens = layer.num_tokens(x) if _is_allowed(x, weight, parameters["bias"]) else 0
+        if tokens == 0:
+            return layer.dense(x)
+        if packed is None or not packed.is_of(weight):
+            packed = self.pack(layer)
+        threads = torch.get_num_threads()
+        try:
+            form = packed.at[threads, tokens]
+        except KeyError:
+            form = packed.at[threads, tokens] = self.choose(layer, packed, x, threads, range_of(tokens))
+        out = None if form is None else layer.sparse(x, form, threads)
+        return layer.dense(x) if out is None else out
+
+    def pack(self, layer: Layer) -> Packed:
+        """Look at the weight, for the first time or because it has changed."""
+        weight = layer._parameters["weight"]
+        with _lock, torch.no_grad():
+            found = structure_of(layer.matrix(weight.detach()) != 0)
+            self.packed = Packed(weight, weight.data_ptr(), _version(weight), found)
+            return self.packed
+
+    def prepare(self, layer: Layer, packed: Packed, tokens: int) -> None:
+        """Choose now what an input of so many tokens would have to wait for."""
+        self.choose(layer, packed, packed.weight.detach().new_empty(0), torch.get_num_threads(), range_of(tokens))
+
+    def choose(self, layer: Layer, packed: Packed, x: Tensor, threads: int, range_: int) -> Form | None:
+        """Take the remembered choice, or measure and remember one."""
+        with _lock, torch.no_grad():
+            if (threads, range_) in packed.chosen:
+                return packed.chosen[threads, range_]
+            matrix = layer.matrix(packed.weight.detach())
+            names = _names(packed.structure, matrix, threads)
+            key = _key(layer, packed.structure, matrix, names, threads, range_)
+            name = MEMORY.get(key, names)
+            if name is None:
+                forms = {name: form for name in names if (form := packed.form(name, matrix)) is not None}
+                name = fastest([_runs(layer, forms, sample, threads) for sample in layer.samples(x, range_)])
+                MEMORY.set(key, name)
+            form = None if name == DENSE else packed.form(name, matrix)
+            packed.names[threads, range_] = DENSE if form is None else name
+            packed.chosen[threads, range_] = form
+            kept = {name.removesuffix(ALONE) for name in packed.names.values()}
+            packed.forms = {name: form for name, form in packed.forms.items() if name in kept}
+            return form
+
+
+def _names(structure: Structure, matrix: Tensor, threads: int) -> tuple[str, ...]:
+    """Forms to measure. Where little is to be done, or another process has the cores, one thread is faster than many."""
+    names = candidates(structure, matrix.device.type)
+    return names + tuple(name + ALONE for name in names if threads > 1 and name in COMPILED)
+
+
+def _is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether anything but dense may run: no gradients, no autocast, nothing that records operations."""
+    if type(x) is not Tensor or x.dtype is not weight.dtype or x.device != weight.device or not x.numel():
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        _tell_once(
+            "Gradients are on, so layers that are optimized for inference run dense; expected torch.inference_mode()"
+        )
+        return False
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return not (is_traced or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type))
+
+
+def _runs(layer: Layer, forms: dict[str, Form], x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
+    """What to time, by name. A sparse run has the checks in it that come with every call."""
+    bias, weight = layer._parameters["bias"], layer._parameters["weight"]
+    wait = torch.cuda.synchronize if x.device.type == "cuda" else int
+
+    def timed(form: Form | None) -> Callable[[], object]:
+        if form is None:
+            return lambda: (layer.dense(x), wait())
+        return lambda: (_is_allowed(x, weight, bias), layer.sparse(x, form, threads), wait())
+
+    return {DENSE: timed(None), **{name: timed(form) for name, form in forms.items()}}
+
+
+def _key(layer: Layer, structure: Structure, matrix: Tensor, names: tuple[str, ...], threads: int, range_: int) -> str:
+    device = compiled.cpu_name() if matrix.device.type == "cpu" else torch.cuda.get_device_name(matrix.device)
+    size = f"{matrix.shape[0]}x{matrix.shape[1]}{layer.kind()}"
+    parts = (
+        device,
+        f"torch {torch.__version__}",
+        str(matrix.dtype),
+        size,
+        structure.pattern,
+        f"{structure.density:.2f}",
+    )
+    return " | ".join((*parts, "+".join(names), f"{threads} threads", f"{2**range_} tokens"))
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        logger.warning(message)
+
+
+def _in_child() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
