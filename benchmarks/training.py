@@ -29,7 +29,7 @@ import torch
 import transformers
 from overhead import Turns, figures, run_in_turns
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, set_seed
 
 from gap_hf import GaPConfig, GaPTrainer
 from gap_hf.live_state import LiveState
@@ -42,7 +42,7 @@ from format import anonymous  # noqa: E402
 SIZES: dict[str, Any] = {"25M": {"n_layer": 8, "n_embd": 512}, "100M": {"n_layer": 15, "n_embd": 768}}
 QUICK: dict[str, Any] = {"1M": {"n_layer": 4, "n_embd": 128}}
 WAYS = ("trainer", "gap", "live_state")
-GROUPS, PHASE, WARM_UP = 4, 6, 4
+GROUPS, PHASE, WARM_UP = 4, 4, 3
 STEPS = PHASE * (1 + GROUPS) + PHASE  # a first phase, one round, a fine-tune
 
 
@@ -57,6 +57,13 @@ class Tokens(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+class Stop(TrainerCallback):
+    """Ends a run two steps after its first change: memory is at its highest before that."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= PHASE + 2
 
 
 class Watched(GaPTrainer):
@@ -116,7 +123,7 @@ def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bo
         args=arguments,
         train_dataset=Tokens(64),
         gap_config=None if way == "trainer" else config,
-        callbacks=[Turns()] if turns else [],
+        callbacks=[Turns() if turns else Stop()],
     )
     trainer.notes = []
     return trainer
