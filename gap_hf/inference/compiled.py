@@ -98,7 +98,7 @@ def _llvm() -> Any:
 def _compile(kind: str, width: int, values: str, columns: str) -> Compiled:
     from llvmlite import ir
 
-    from gap_hf.inference import kernels
+    from gap_hf.inference import kernels, teams
 
     llvm = _llvm()
     machine, features = _machine(llvm)
@@ -107,10 +107,10 @@ def _compile(kind: str, width: int, values: str, columns: str) -> Compiled:
         tiles, tokens = kernels.write_blocks(module, machine, width, values, columns), machine.tile(width)
     else:
         tiles, tokens = kernels.write_singles(module, machine, values, columns), kernels.lanes_of(machine)[0]
-    share = kernels.write_share(module, tiles, tokens)
+    share = teams.write_share(module, tiles, tokens)
     outside = {"share"}
     if openmp := _openmp(llvm):
-        kernels.write_team(module, share)
+        teams.write_team(module, share)
         outside.add("team")
     for function in module.functions:
         if not function.is_declaration and function.name not in outside:

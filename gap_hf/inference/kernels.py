@@ -13,18 +13,19 @@ live block is one vector of weights, one input, one multiply-add per token::
                 acc[t] += values[j] * x[m + t, columns[j]]    a vector of weights times one input
             y[m + t, g] = acc[t]
 
-**Single weights** (`write_singles`), CSR: there is no vector of weights, so tokens lie on the lanes, and a tile of `x` is
-transposed first::
+**Single weights** (`write_singles`): there is no vector of weights, so tokens lie on the lanes, and a tile of `x` is transposed
+first::
 
     for m in tiles of `lanes` tokens:
         tile[k] = x[m : m + lanes, k]                         transposed once
         for n in outputs:
             acc = bias[n]
-            for j in range(starts[n], starts[n + 1]):
+            for j in the live weights of n:
                 acc += values[j] * tile[columns[j]]           one weight times a vector of tokens
             y[m : m + lanes, n] = acc                         transposed back, eight outputs at a time
 
-With one token there is nothing to put on the lanes, and the inner loop is an ordinary sparse dot product.
+With one token there is nothing to put on the lanes, so eight outputs lie there, each with its own inputs (sliced ELL: the j-th
+live weights of eight neighbouring outputs lie side by side).
 
 Every kernel returns how often it saw an input that is NaN or infinite: dense gives NaN for it times a masked weight, and a
 sparse kernel does not, so the caller runs such an input dense.
@@ -37,7 +38,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from gap_hf.inference.ir import I32, POINTER, Array, Kernel, Value, Variable
+from gap_hf.inference.ir import Array, Kernel, Value, Variable
 
 # What a layer is, as addresses and sizes in an array of 64-bit integers; `gap_hf.inference.compiled` fills it.
 LAYER = ("inputs", "outputs", "groups", "scratch", "starts", "columns", "values", "lengths")
@@ -188,7 +189,7 @@ SLICE = 8  # outputs of which the weights lie side by side; and the side of the 
 
 
 def write_singles(module: ir.Module, machine: Machine, values: str, columns: str) -> Kernel:
-    """Kernel of single weights in CSR; its groups are outputs. `scratch` has to hold `scratch_size` floats."""
+    """Kernel of single weights; its groups are slices of eight outputs. `scratch` has to hold `scratch_size` floats."""
     lanes = lanes_of(machine)
     tiles = [(size, _lanes_tile(module, machine, size, values, columns)) for size in lanes]
     tiles.append((1, _one_token(module, values, columns)))
@@ -314,58 +315,3 @@ def _transposed(rows: list[Value]) -> list[Value]:
             out[i + step] = first.pick(second, [j | step if not j & step else SLICE + j for j in range(SLICE)])
         rows = out
     return rows
-
-
-# --- threads ---------------------------------------------------------------------------------------------------------
-
-_CALL = {"layer": "i64*", "x": "f32*", "bias": "f32*", "y": "f32*", "scratch": "f32*", "tokens": "int"}
-
-
-def write_share(module: ir.Module, tiles: Kernel, tokens_of_tile: int) -> Kernel:
-    """The part of thread `index` of `count`: some of the tokens where there are enough for all, else some of the groups."""
-    k = Kernel(module, "share", **_CALL, index="int", count="int")
-    layer, tokens, index, count = k.array("layer"), k.arg("tokens"), k.arg("index"), k.arg("count")
-    groups = layer[LAYER.index("groups")]
-    first_token, last_token = Variable(k.int(0)), Variable(tokens)
-    first_group, last_group = Variable(groups * index // count), Variable(groups * (index + 1) // count)
-    with k.when(count * tokens_of_tile < tokens + 1):
-        num_tiles = (tokens + (tokens_of_tile - 1)) // tokens_of_tile
-        first_token.set(num_tiles * index // count * tokens_of_tile)
-        last_token.set((num_tiles * (index + 1) // count * tokens_of_tile).at_most(tokens))
-        first_group.set(k.int(0))
-        last_group.set(groups)
-    arrays = [k.array(name) for name in ("layer", "x", "bias", "y")]
-    scratch = k.array("scratch") + index * layer[LAYER.index("scratch")]
-    limits = [limit.get() for limit in (first_token, last_token, first_group, last_group)]
-    k.result(k.call(tiles, *arrays, scratch, tokens, *limits))
-    return k
-
-
-def write_team(module: ir.Module, share: Kernel) -> Kernel:
-    """All parts on torch's own OpenMP threads: ``GOMP_parallel(body, task, threads, 0)`` is what compilers make of
-    ``#pragma omp parallel num_threads(threads)``.
-    """
-    thread, count = (
-        ir.Function(module, ir.FunctionType(I32, []), f"omp_get_{name}") for name in ("thread_num", "num_threads")
-    )
-    parallel = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, POINTER, I32, I32]), "GOMP_parallel")
-    names = list(_CALL)
-
-    body = Kernel(module, "body", task="i64*")
-    task = body.array("task")
-    given = [
-        task[i] if _CALL[n] == "int" else body.array_at(task[i], _CALL[n].rstrip("*")) for i, n in enumerate(names)
-    ]
-    found = body.call(share, *given, body.call(thread).wide(), body.call(count).wide())
-    with body.when(body.int(0) < found):
-        task[len(names)] = found
-    body.result(found)  # nobody reads it: a return value that the caller does not expect does no harm
-
-    k = Kernel(module, "team", **_CALL, threads="int")
-    task = k.local(len(names) + 1, "i64")
-    for i, name in enumerate(names):
-        task[i] = k.arg(name) if _CALL[name] == "int" else k.array(name).address()
-    task[len(names)] = k.int(0)
-    k.call(parallel, k.function_pointer(body), task, k.arg("threads").narrow(), k.int(0).narrow())
-    k.result(task[len(names)])
-    return k
