@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ _SCHEDULE_FREE_KEYS = {"train_mode", "weight_sum", "lr_max"}
 _PREFIX = "live_"
 _PROBE_STEPS = 3
 _LINE = 64  # entries: a cache line of bytes and a multiple of one in any wider dtype
-_attached: WeakKeyDictionary[Optimizer, LiveState] = WeakKeyDictionary()
+# By weak references on both sides: the hooks keep a LiveState as long as its optimizer, and no longer.
+_attached: WeakKeyDictionary[Optimizer, ref[LiveState]] = WeakKeyDictionary()
 
 
 def own_state(optimizer: Any, config: GaPConfig, masks: Masks) -> Any:
@@ -62,7 +63,8 @@ def follow_load(optimizer: Any, masks: Masks) -> None:
 
 def release(optimizer: Any) -> None:
     """End what `LiveState` does on an optimizer; its state is dense again, with zeros where there was none."""
-    if (live := _attached.pop(unwrap(optimizer), None)) is not None:
+    found = _attached.pop(unwrap(optimizer), None)
+    if found is not None and (live := found()) is not None:
         live.detach()
 
 
@@ -94,7 +96,7 @@ class LiveState(OwnState):
             self.optimizer.register_state_dict_post_hook(self._rename),
             self.optimizer.register_load_state_dict_post_hook(lambda _: self._places.clear()),
         ]
-        _attached[self.optimizer] = self
+        _attached[self.optimizer] = ref(self)
 
     def detach(self) -> None:
         """Remove the hooks and make the state dense again."""

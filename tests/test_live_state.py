@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -381,6 +383,17 @@ def test_a_closure_is_refused_and_a_step_that_fails_leaves_the_groups_as_they_we
             failing.step()
     release(failing)
     assert failing.param_groups[0]["params"][0] is weight
+
+
+def test_an_optimizer_is_freed_with_what_packs_it() -> None:
+    weight = nn.Parameter(torch.randn(4, 8))
+    masks = Masks({"w": weight})
+    optimizer = O.SGD([weight], lr=0.1)
+    LiveState(optimizer, masks)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_weight_with_holes_in_its_memory() -> None:
