@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from gap_hf.config import GaPConfig, parse_pattern
+from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.methods import get_method
 from gap_hf.partition import Group, make_partition
+from gap_hf.pattern_names import parse_pattern
 from gap_hf.patterns import check_fits, erk_counts, matrix_shape, num_kept, num_units, spread
 from gap_hf.targets import PrunableWeight, Targets
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import pkgutil
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +18,7 @@ import yaml
 
 from gap_hf.checks import check_choice, check_int, check_number, to_overrides, to_partition, to_strings
 from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.pattern_names import cpu_pattern, parse_pattern
 
 # A method is one file in gap_hf/methods; listing the folder keeps "add a file" the whole job.
 METHODS: tuple[str, ...] = (
@@ -50,52 +50,6 @@ SCHEDULE_KEYS = (
 
 DEFAULT_NUM_ROUNDS = 2
 DEFAULT_FINE_TUNE_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A parsed `GaPConfig.pattern`.
-
-    `kind` is ``"unstructured"``, ``"n:m"`` (`n` of `m` consecutive inputs kept), ``"block"`` (`rows` outputs
-    by `cols` inputs live or die together) or ``"transposable"`` (2 of 4 along rows and columns at once).
-    """
-
-    kind: str
-    n: int = 0
-    m: int = 0
-    rows: int = 1
-    cols: int = 1
-
-    @property
-    def fixed_sparsity(self) -> Fraction | None:
-        """The only sparsity an N:M pattern can have, or None where any is possible."""
-        return Fraction(self.m - self.n, self.m) if self.kind in ("n:m", "transposable") else None
-
-
-def parse_pattern(text: str) -> Pattern:
-    """Parse ``"unstructured"``, ``"N:M"``, ``"block:RxC"`` or ``"transposable:2:4"``.
-
-    Raises:
-        GaPError: if `text` is none of these, or N:M is not 0 < N < M.
-    """
-    if text == "unstructured":
-        return Pattern("unstructured")
-    if match := re.fullmatch(r"block:(\d+)x(\d+)", text):
-        rows, cols = int(match[1]), int(match[2])
-        if rows < 1 or cols < 1:
-            raise GaPError(f"gap.pattern: '{text}' has an empty block; expected block:RxC with R and C of at least 1")
-        return Pattern("block", rows=rows, cols=cols)
-    if match := re.fullmatch(r"(transposable:)?(\d+):(\d+)", text):
-        n, m = int(match[2]), int(match[3])
-        if not 0 < n < m:
-            raise GaPError(f"gap.pattern: '{text}' keeps {n} of every {m} weights; expected N:M with 0 < N < M")
-        if match[1] and (n, m) != (2, 4):
-            raise GaPError(f"gap.pattern: '{text}' is not supported; the transposable pattern is 'transposable:2:4'")
-        return Pattern("transposable" if match[1] else "n:m", n=n, m=m)
-    raise GaPError(
-        f"gap.pattern: found '{text}', expected 'unstructured', 'N:M' such as '2:4', 'block:RxC' such as "
-        f"'block:16x1', or 'transposable:2:4'{did_you_mean(text, ['unstructured', 'block:16x1', 'transposable:2:4'])}"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +86,8 @@ class GaPConfig:
         distribution: How the target is spread: ``uniform`` (every tensor has it), ``global`` (each group is
             pooled under one magnitude threshold and meets it exactly), ``erk`` (Erdős–Rényi-Kernel, Evci et
             al. 2020: larger layers sparser, the whole set meets it exactly).
-        pattern: ``unstructured``, ``N:M``, ``block:RxC`` (R outputs by C inputs), ``transposable:2:4``.
+        pattern: ``unstructured``, ``N:M``, ``block:RxC`` (R outputs by C inputs), ``transposable:2:4``, or ``cpu``: blocks of as
+            many outputs as this machine's vector registers hold, which is what is recorded (`gap_hf.pattern_names`).
         initial_mask: First masks of the groups that start sparse: ``random``, or ``magnitude`` for a model
             that is trained already. Groups that start dense, as all do under a ramp, need none.
         optimizer_reset: Which optimizer moments a change of masks clears: of the entries whose mask ``changed``, of ``all``
@@ -210,6 +165,8 @@ class GaPConfig:
         check_number("sparsity", self.sparsity, 0, 1)
         if not isinstance(self.pattern, str):
             raise GaPError(f"gap.pattern: found {self.pattern!r}, expected a string such as '2:4' (quoted in YAML)")
+        if self.pattern == "cpu":
+            object.__setattr__(self, "pattern", cpu_pattern())
         # Lists and mappings from YAML become tuples, so that a config is immutable and can be compared.
         for name in ("include", "exclude"):
             object.__setattr__(self, name, to_strings(name, getattr(self, name)))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gap_hf import checkpoint
 from gap_hf.card_loading import change_form
-from gap_hf.config import Pattern, parse_pattern
 from gap_hf.errors import GaPError
 from gap_hf.folder_files import (
     CONFIG,
@@ -39,6 +38,7 @@ from gap_hf.folder_files import (
 from gap_hf.packed.layout import PackedError, pack
 from gap_hf.packed.loading import METHOD, SUFFIX, VERSION
 from gap_hf.packed.reader_files import AUTO_MAP, write_reader
+from gap_hf.pattern_names import Pattern, parse_pattern
 from gap_hf.recorded import load_masks
 
 

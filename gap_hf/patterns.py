@@ -17,9 +17,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gap_hf.config import Pattern
 from gap_hf.errors import GaPError
 from gap_hf.largest import CHUNK, Scores, largest, refuse_nan
+from gap_hf.pattern_names import Pattern
 from gap_hf.phases import round_half_up
 from gap_hf.shards import Part, whole
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from gap_hf.allocation import keep_counts, make_groups
-from gap_hf.config import GaPConfig, parse_pattern
+from gap_hf.config import GaPConfig
+from gap_hf.pattern_names import parse_pattern
 from gap_hf.plan import Plan, make_plan
 from gap_hf.targets import Targets, clean_name, find_targets
 

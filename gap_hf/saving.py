@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from gap_hf import checkpoint
 from gap_hf.card_loading import change_form
-from gap_hf.config import Pattern, parse_pattern
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.folder_files import keys_of, replaced, weight_files
 from gap_hf.folders import pack_in_place
+from gap_hf.pattern_names import Pattern, parse_pattern
 from gap_hf.sparsifier import Sparsifier
 
 

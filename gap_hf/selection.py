@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gap_hf.allocation import keep_counts
-from gap_hf.config import GaPConfig, Pattern, parse_pattern
+from gap_hf.config import GaPConfig
 from gap_hf.masks import Masks
 from gap_hf.methods import get_method
+from gap_hf.pattern_names import Pattern, parse_pattern
 from gap_hf.patterns import magnitude_mask, num_kept, num_units, pooled_masks, random_mask
 from gap_hf.phases import Update, round_half_up
 from gap_hf.shards import exchange, local, part_of, total_counts

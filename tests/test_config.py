@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gap_hf import config as config_module
-from gap_hf.config import AUTHORS_NAMES, METHODS, GaPConfig, Pattern, parse_pattern
+from gap_hf.config import AUTHORS_NAMES, METHODS, GaPConfig
 from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.pattern_names import Pattern, parse_pattern
 
 # Values -> words that the one-line message must hold: the key, what was found, what was expected, the nearest.
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -233,6 +235,20 @@ def test_replace_validates_again() -> None:
     assert config.replace(sparsity=0.8) == GaPConfig(sparsity=0.8, overrides=(("a", 0.5),))
     with pytest.raises(GaPError, match=r"gap\.sparsity"):
         config.replace(sparsity=2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "pattern"), [("AVX512", "block:16x1"), ("AVX2", "block:8x1"), ("DEFAULT", "block:8x1")]
+)
+def test_the_pattern_of_this_machine_is_what_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, capability: str, pattern: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    config = GaPConfig(sparsity=0.9, pattern="cpu")
+    assert config.pattern == pattern
+    assert config.to_dict()["pattern"] == pattern
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE")
+    assert GaPConfig.from_dict(config.to_dict()) == config  # on another machine
 
 
 globs = st.text("ab.*[]/: é'\"#-", min_size=1, max_size=8)

@@ -14,7 +14,7 @@ import gap_hf
 PACKAGE = Path(__file__).resolve().parent.parent / "gap_hf"
 
 # What each module may import from gap_hf. A new module needs a line here, which is where its place is decided.
-_PURE = {"errors", "config", "phases"}
+_PURE = {"errors", "config", "pattern_names", "phases"}
 _PLAN = _PURE | {"ramps", "methods", "plan"}
 _TARGETS = {"blocks", "errors", "config", "shards", "targets"}
 _MASKS = {"largest", "patterns", "masks", "optimizer_state"}
@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "after_import": set(),
     "errors": set(),
     "checks": {"errors"},
-    "config": {"errors", "checks"},
+    "pattern_names": {"errors"},
+    "config": {"errors", "checks", "pattern_names"},
     "coercion": {"errors"},
     "phases": {"errors", "config"},
     "ramps": _PURE,
@@ -92,7 +93,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "folder_files": {"errors", "checkpoint", "packed"},
     "hub": {"errors"},
     "recorded": {"errors", "checkpoint", "packed", "folder_files", "hub"},
-    "folders": {"errors", "config", "checkpoint", "card_loading", "packed", "folder_files", "recorded"},
+    "folders": {
+        "errors",
+        "config",
+        "pattern_names",
+        "checkpoint",
+        "card_loading",
+        "packed",
+        "folder_files",
+        "recorded",
+    },
     "saving": _CORE | {"card_loading", "checkpoint", "folder_files", "folders"},
     "tensor_files": {"errors"},
     "stored_model": {"errors", "hub", "packed", "tensor_files"},
@@ -139,6 +149,7 @@ NO_TORCH = {
     "errors",
     "checks",
     "config",
+    "pattern_names",
     "coercion",
     "phases",
     "ramps",

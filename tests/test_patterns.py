@@ -16,8 +16,8 @@ from memory import PeakMemory
 from torch import Tensor
 
 from gap_hf import largest, patterns
-from gap_hf.config import Pattern, parse_pattern
 from gap_hf.errors import GaPError
+from gap_hf.pattern_names import Pattern, parse_pattern
 from gap_hf.patterns import (
     check_fits,
     erk_counts,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gap_hf import largest
-from gap_hf.config import parse_pattern
 from gap_hf.errors import GaPError
+from gap_hf.pattern_names import parse_pattern
 from gap_hf.patterns import magnitude_mask, num_units, pooled_masks
 from gap_hf.shards import Part, Peers, class_of, exchange, local, part_of, reshard, total_counts, whole
 

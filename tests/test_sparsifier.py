@@ -21,8 +21,9 @@ from transformers.optimization import Adafactor
 from gap_hf import change as change_module
 from gap_hf import largest, patterns
 from gap_hf import sparsifier as sparsifier_module
-from gap_hf.config import GaPConfig, parse_pattern
+from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
+from gap_hf.pattern_names import parse_pattern
 from gap_hf.patterns import magnitude_mask, num_kept, num_units
 from gap_hf.sparsifier import Change, Sparsifier
 

@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
 from gap_hf import GaPConfig, GaPError, GaPTrainer, Sparsifier, checkpoint
-from gap_hf.config import parse_pattern
+from gap_hf.pattern_names import parse_pattern
 from gap_hf.patterns import pooled_masks
 from gap_hf.shards import local, part_of
 
