@@ -143,6 +143,17 @@ def test_identity_is_of_what_figures_depend_on(tmp_path: Path) -> None:
     assert difference(first, {**first, "data_sha256": None}) is None
 
 
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_results_that_are_recorded_are_of_these_tiers(name: str) -> None:
+    """A new key of the config would make another run of every one of them, to be done again for hours."""
+    found = 0
+    for cell in load_tier(QUALITY / f"tiers/{name}.yaml").cells:
+        if (result := read_result(result_path(QUALITY / "results", cell))) is not None:
+            assert difference(result["identity"], cell.identity()) is None, cell.name
+            found += 1
+    assert found >= {"tiny": 103, "small": 8}[name]
+
+
 def test_a_result_is_skipped_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results"
     cell = make_tier(tmp_path).cells[2]

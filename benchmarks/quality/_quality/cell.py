@@ -21,6 +21,7 @@ from gap_hf.recipe import OVERWRITE, SECTIONS, Recipe, load_recipe
 ROOT = Path(__file__).resolve().parents[3]
 # What the runner sets and no figure depends on.
 NOT_IDENTITY = ("output_dir", OVERWRITE, "resume_from_checkpoint", "disable_tqdm", "save_total_limit")
+NOT_IDENTITY_OF_GAP = ("live_gradients", "live_state")  # how the same weights are computed
 Settings = dict[str, dict[str, Any]]  # section to key to value
 
 
@@ -64,6 +65,7 @@ class Cell:
         recipe = self.load()
         resolved = recipe.to_dict()
         resolved["training"] = {k: v for k, v in resolved["training"].items() if k not in NOT_IDENTITY}
+        resolved["gap"] = {k: v for k, v in resolved["gap"].items() if k not in NOT_IDENTITY_OF_GAP}
         resolved = _portable(resolved)
         text = json.dumps(resolved, sort_keys=True)
         return {
