@@ -120,15 +120,10 @@ def describe_machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+    from gap_hf.bench.machine import processor
+
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count() or 1,
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),

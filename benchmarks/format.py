@@ -21,10 +21,7 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +30,7 @@ from typing import Any
 import torch
 import transformers
 import zstandard
+from _memory import highest_anonymous, peak_in_child
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -66,7 +64,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if args.child:
         way, folder = args.child
-        print(json.dumps({"peak": peak_of(way, Path(folder))}))
+        print(json.dumps(peak_of(way, Path(folder))))
         return
     if args.quick:
         args.layers, args.width, args.repeats = 2, 256, 3
@@ -144,7 +142,7 @@ def measure_loading(root: Path, args: argparse.Namespace) -> dict[str, Any]:
                 gc.collect()
     data = (root / "dense/model.safetensors").read_bytes()
     zstd = {level: len(zstandard.ZstdCompressor(level=level).compress(data)) / len(data) for level in (3, 19)}
-    peaks = {way: child_peak(way, folder) for way, folder in folders.items()}
+    peaks = {way: peak_in_child(__file__, way, str(folder)) for way, folder in folders.items()}
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     return {
         "load": {"warm": summary(warm), "cold": summary(cold)},
@@ -207,34 +205,7 @@ def peak_of(way: str, folder: Path) -> int:
     with tempfile.TemporaryDirectory() as warm:  # what loading imports is not what it costs
         GPT2LMHeadModel(small).save_pretrained(warm)
         GPT2LMHeadModel.from_pretrained(warm)
-    before = anonymous()
-    highest, stop = [before], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.001):
-            highest[0] = max(highest[0], anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = load(way, folder)
-    checksum(model)
-    stop.set()
-    watcher.join()
-    return highest[0] - before
-
-
-def anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon")
-
-
-def child_peak(way: str, folder: Path) -> int:
-    command = [sys.executable, __file__, "--child", way, str(folder)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])[
-        "peak"
-    ]
+    return highest_anonymous(lambda: checksum(load(way, folder)))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from gap_hf import inference_report, optimize_for_inference
+from gap_hf.bench.machine import processor
+from gap_hf.bench.timing import ratio as paired_ratio
 
 RESULT = Path(__file__).resolve().parent / "results/inference.json"
 SHAPES = ((512, 512), (512, 2048), (2048, 512), (1024, 4096), (4096, 1024))  # (outputs, inputs)
@@ -205,10 +207,8 @@ def in_turns(runs: dict[str, Callable[[], object]], args: argparse.Namespace) ->
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, Any]:
-    ratios = np.array(slow) / np.array(fast)
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, size=(2000, len(ratios))), axis=1)
-    return {"ratio": float(np.median(ratios)), "interval_95": [float(v) for v in np.percentile(medians, [2.5, 97.5])]}
+    found = paired_ratio(slow, fast)
+    return {"ratio": found.median, "interval_95": [found.low, found.high]}
 
 
 def summary(points: list[dict[str, Any]], threads: list[dict[str, Any]]) -> dict[str, Any]:
@@ -265,16 +265,15 @@ def render(result: dict[str, Any]) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    cpu, flags = platform.processor() or platform.machine(), ""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        fields = dict(part.split(":", 1) for part in info.read_text().splitlines() if ":" in part)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        cpu, flags = fields.get("model name", cpu), fields.get("flags", fields.get("Features", ""))
-    names = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
-    vectors = next((name for flag, name in names.items() if flag in flags.split()), "unknown vectors")
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
-    return {"cpu": cpu, "vectors": vectors, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return {
+        "cpu": processor(),
+        "vectors": vectors,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 if __name__ == "__main__":

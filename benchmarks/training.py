@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,18 +25,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from overhead import Turns, figures, run_in_turns
+from _memory import highest_anonymous, peak_in_child
+from overhead import Turns, run_in_turns
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, set_seed
 
 from gap_hf import GaPConfig, GaPTrainer
+from gap_hf.bench.timing import ratio
 from gap_hf.live_state import LiveState
 from gap_hf.optimizer_state import unwrap
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from format import anonymous  # noqa: E402
-
 SIZES: dict[str, Any] = {"25M": {"n_layer": 8, "n_embd": 512}, "100M": {"n_layer": 15, "n_embd": 768}}
 QUICK: dict[str, Any] = {"1M": {"n_layer": 4, "n_embd": 128}}
 WAYS = ("trainer", "gap", "live_state")
@@ -69,12 +66,12 @@ class Stop(TrainerCallback):
 class Watched(GaPTrainer):
     """Notes the bytes of its optimizer's state after every step."""
 
+    notes: list[tuple[int, int]]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step:
             self.notes.append(state_bytes(self))
         return super().training_step(*args, **kwargs)
-
-    notes: list[tuple[int, int]]
 
 
 def state_bytes(trainer: GaPTrainer) -> tuple[int, int]:
@@ -147,34 +144,20 @@ def measure(size: dict[str, int], sparsity: float) -> dict[str, Any]:
         "trainer_ms": 1e3 * float(np.median(seconds[used, 0])),
     }
     for i, way in enumerate(WAYS[1:], start=1):
-        times = figures(seconds[used, i] / seconds[used, 0], [], 0, STEPS, seconds[used, 0])
+        step = ratio(seconds[used, i].tolist(), seconds[used, 0].tolist())
         result[way] = {
             "prunable_state": float(means[i, 0] / means[0, 0]),
             "whole_state": float(means[i, 1] / means[0, 1]),
-            "step": times["median_ratio"],
-            "step_interval_95": times["interval_95"],
+            "step": step.median,
+            "step_interval_95": [step.low, step.high],
         }
     return result
 
 
 def peak_of(way: str, size: dict[str, int], sparsity: float) -> int:
     """Highest anonymous memory over the first phase and the first change, in bytes, above what was there before."""
-    import threading
-
-    before = anonymous()
-    highest, stop = [before], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.002):
-            highest[0] = max(highest[0], anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     with tempfile.TemporaryDirectory() as folder:
-        make(way, size, sparsity, folder, turns=False).train()
-    stop.set()
-    watcher.join()
-    return highest[0] - before
+        return highest_anonymous(lambda: make(way, size, sparsity, folder, turns=False).train())
 
 
 def main() -> None:
@@ -195,7 +178,7 @@ def main() -> None:
     for name in QUICK if args.quick else args.sizes:
         for sparsity in args.sparsities:
             row = {"model": name, **measure((SIZES | QUICK)[name], sparsity)}
-            peaks = {way: child_peak(way, name, sparsity) for way in WAYS}
+            peaks = {way: peak_in_child(__file__, way, name, str(sparsity)) for way in WAYS}
             row["trainer_peak_bytes"] = peaks["trainer"]
             for way in WAYS[1:]:
                 row[way]["peak"] = peaks[way] / peaks["trainer"]
@@ -210,11 +193,6 @@ def main() -> None:
     print("\n" + table(rows))
     if not args.quick or args.output != ROOT / "benchmarks/results/training.json":
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def child_peak(way: str, size: str, sparsity: float) -> int:
-    command = [sys.executable, __file__, "--child", way, size, str(sparsity)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

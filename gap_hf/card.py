@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from gap_hf.card_facts import CardFacts
 from gap_hf.card_loading import auto_class
 from gap_hf.card_section import GROW_AND_PRUNE, PLOT, CardOptions, section
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 from gap_hf.tables import plot_bars
 
 BEGIN, END = "<!-- gap_hf:begin -->", "<!-- gap_hf:end -->"
@@ -52,8 +52,7 @@ def _parse(text: str) -> ModelCard:
     try:
         return ModelCard(text or "---\n{}\n---\n", ignore_metadata_errors=False)
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        what = (str(error) or type(error).__name__).splitlines()[0]
-        raise GaPError(f"README.md: its metadata are not valid: {what}") from None
+        raise GaPError(f"README.md: its metadata are not valid: {first_line(error)}") from None
 
 
 def _text(card: ModelCard, facts: CardFacts, options: CardOptions, name: str, has_plot: bool) -> str:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gap_hf.errors import GaPError, require
+from gap_hf.errors import GaPError, first_line, require
 from gap_hf.quiet import quiet
 
 # What CTranslate2 4.8 reads of a config, and transformers 5 has no more: it is the same for all models of these types.
@@ -90,10 +90,9 @@ def _reason(model: Any, error: Exception) -> str:
     import ctranslate2
     import transformers
 
-    said = str(error).strip().splitlines() or [type(error).__name__]
     return (
         f"CTranslate2 {ctranslate2.__version__} does not convert {type(model).__name__} of transformers {transformers.__version__}: "
-        f"{said[0].split(' (supported')[0]}"
+        f"{first_line(error).split(' (supported')[0]}"
     )
 
 
@@ -120,7 +119,7 @@ def compare_with_torch(model: Any, folder: Path, tokenizer: Any) -> int:
     try:
         theirs = _run(folder, texts, tokenizer, seq2seq=seq2seq)
     except (RuntimeError, ValueError) as error:
-        raise GaPError(f"ctranslate2: cannot run what it converted: {str(error).strip().splitlines()[0]}") from None
+        raise GaPError(f"ctranslate2: cannot run what it converted: {first_line(error)}") from None
     start = model.generation_config.decoder_start_token_id
     start = model.config.decoder_start_token_id if start is None and seq2seq else start
     never = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]

@@ -33,6 +33,11 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"; valid names: {shown}" if names else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error of another library says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(*modules: str) -> None:
     """Raise a NotInstalled that names the first of `modules` that is not there, and how it is installed."""
     for module in modules:

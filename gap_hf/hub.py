@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 
 
 def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, token: str | None = None) -> Path:
@@ -22,5 +22,4 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None, token
     except HFValidationError:
         raise GaPError(f"{repo}: is no folder, and no repository's id such as 'user/model'") from None
     except Exception as error:  # of several libraries: huggingface_hub, httpx, the file system
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GaPError(f"{repo}: is no folder here, and the Hub does not give it: {reason}") from None
+        raise GaPError(f"{repo}: is no folder here, and the Hub does not give it: {first_line(error)}") from None

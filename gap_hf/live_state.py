@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gap_hf.config import GaPConfig
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 from gap_hf.masks import Masks
 from gap_hf.optimizer_state import OwnState, clear_grown, clear_pruned, reset_all, unwrap
 
@@ -293,7 +293,7 @@ def check_elementwise(optimizer: Optimizer) -> None:
         try:
             why = None if _trial(optimizer) else "does not update each weight by itself"
         except Exception as error:  # whatever a stranger's constructor raises
-            why = f"could not be tried ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            why = f"could not be tried ({first_line(error)})"
     if why is not None:
         raise GaPError(
             f"gap.live_state: {type(optimizer).__name__} {why}; expected one such as adamw_torch_fused or sgd, or "

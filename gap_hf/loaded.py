@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 from gap_hf.folder_files import check_packed, is_packed, read_config, weight_files
 from gap_hf.quiet import quiet
 
@@ -37,10 +37,7 @@ def load_model(folder: Path) -> Any:
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # whatever a damaged file makes transformers raise
-        said = str(error).strip().splitlines()
-        raise GaPError(
-            f"{folder}: cannot be loaded as {architecture}: {said[0] if said else type(error).__name__}"
-        ) from None
+        raise GaPError(f"{folder}: cannot be loaded as {architecture}: {first_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         name = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))[0]
         raise GaPError(f"{folder}: the files do not have '{name}' as {architecture} expects it")
@@ -57,8 +54,7 @@ def load_tokenizer(folder: Path) -> Any:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # with files missing, some tokenizers raise whatever they stumble over
-        said = str(error).strip().splitlines()
-        raise GaPError(f"{folder}: has no tokenizer that loads: {said[0] if said else type(error).__name__}") from None
+        raise GaPError(f"{folder}: has no tokenizer that loads: {first_line(error)}") from None
     if len(tokenizer.get_vocab()) < 2:  # others are made of nothing
         raise GaPError(f"{folder}: has no tokenizer that loads: its vocabulary is empty")
     return tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gap_hf.errors import GaPError, require
+from gap_hf.errors import GaPError, first_line, require
 from gap_hf.onnx_graphs import Graph, graphs_of
 from gap_hf.quiet import quiet
 
@@ -34,26 +34,29 @@ def write_onnx(model: Any, folder: Path) -> list[Graph]:
     require("onnx", "onnxscript")
     graphs = graphs_of(model.eval())
     for graph in graphs:
-        path = folder / f"{graph.name}.onnx"
         try:
-            with quiet(), torch.no_grad():
-                program = torch.onnx.export(
-                    graph.module.eval(),
-                    graph.args,
-                    dynamo=True,
-                    dynamic_shapes=graph.axes,
-                    input_names=list(graph.inputs),
-                    output_names=list(graph.outputs),
-                    verbose=False,
-                )
-                assert program is not None
-                program.save(path)
+            write_graph(graph, folder / f"{graph.name}.onnx")
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            said = str(error).strip().splitlines()
             raise GaPError(
-                f"onnx: torch {torch.__version__} cannot export {type(model).__name__} ({graph.name}): {said[0] if said else type(error).__name__}"
+                f"onnx: torch {torch.__version__} cannot export {type(model).__name__} ({graph.name}): {first_line(error)}"
             ) from None
     return graphs
+
+
+def write_graph(graph: Graph, path: Path) -> None:
+    """Trace one graph, in eval mode, and write it."""
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            graph.module.eval(),
+            graph.args,
+            dynamo=True,
+            dynamic_shapes=graph.axes,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path)
 
 
 def compare_with_torch(graphs: Sequence[Graph], folder: Path) -> float:

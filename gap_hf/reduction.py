@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gap_hf.config import GaPConfig
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 from gap_hf.sparsifier import Sparsifier
 
 # torch documents it under this name, but does not list it among its exports.
@@ -161,7 +161,7 @@ def attach(model: nn.Module, sparsifier: Sparsifier, reducer: GradientReducer | 
         reducer.register(inner)
     except RuntimeError as error:
         raise GaPError(
-            f"gap.live_gradients: the DDP module takes no communication hook ({str(error).splitlines()[0]}); expected one "
+            f"gap.live_gradients: the DDP module takes no communication hook ({first_line(error)}); expected one "
             "without a hook of its own, or live_gradients: false"
         ) from None
     return reducer

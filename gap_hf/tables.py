@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gap_hf.errors import GaPError
 
@@ -38,13 +39,8 @@ def plot_bars(names: Sequence[str], shares: Sequence[float], path: Path, *, labe
     Raises:
         GaPError: if matplotlib is not installed or cannot write such a file.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise GaPError("plots need matplotlib; install it with: pip install 'gap_hf[report]'") from None
-    # A Figure of its own, not pyplot: no window, no global state.
     every = -(-len(names) // _MOST_BARS)
-    figure = Figure(figsize=(9, 1.3 + 0.22 * min(_MOST_BARS, max(4, len(names)))), layout="constrained")
+    figure = new_figure(9, 1.3 + 0.22 * min(_MOST_BARS, max(4, len(names))))
     axis = figure.subplots()
     axis.barh(range(len(names)), [100 * share for share in shares], color="#0072B2", height=0.7)
     for place, share in enumerate(shares if every <= 1 else ()):
@@ -59,6 +55,28 @@ def plot_bars(names: Sequence[str], shares: Sequence[float], path: Path, *, labe
     axis.grid(axis="x", color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib Figure of so many inches; its own and not pyplot's: no window, no global state.
+
+    Raises:
+        GaPError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise GaPError("plots need matplotlib; install it with: pip install 'gap_hf[report]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure; the suffix sets the format.
+
+    Raises:
+        GaPError: if matplotlib cannot write such a file.
+    """
     try:
         figure.savefig(path, dpi=130)
     except (ValueError, OSError) as error:

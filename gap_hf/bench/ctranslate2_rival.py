@@ -11,7 +11,7 @@ from torch import Tensor
 from gap_hf.bench.rivals import Inputs, until_end
 from gap_hf.bench.subject import SEQ2SEQ, Job, Shape, Subject
 from gap_hf.ctranslate2_files import IdTokenizer, write_ctranslate2
-from gap_hf.errors import GaPError, require
+from gap_hf.errors import GaPError, first_line, require
 
 
 class CTranslate2Rival:
@@ -37,7 +37,7 @@ class CTranslate2Rival:
                 str(self.folder), device="cpu", compute_type=self.precision, intra_threads=threads, inter_threads=1
             )
         except (RuntimeError, ValueError) as error:
-            raise GaPError(f"CTranslate2 cannot load what it converted: {str(error).splitlines()[0]}") from None
+            raise GaPError(f"CTranslate2 cannot load what it converted: {first_line(error)}") from None
 
     def generate(self, inputs: Inputs, job: Job) -> Callable[[], Any]:
         name = self.tokenizer.convert_ids_to_tokens

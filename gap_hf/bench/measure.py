@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gap_hf.bench.machine import machine
 from gap_hf.bench.profile import where_time_goes
 from gap_hf.bench.results import FORWARD, GENERATE, LAYERS, Agreement, Cell, Part, Report, make_cell
 from gap_hf.bench.rivals import BASE, OURS, Inputs, Rival, TorchRival, make_rivals, scratch_folder
 from gap_hf.bench.subject import SEQ2SEQ, Job, Subject, random_inputs, text_inputs
 from gap_hf.bench.timing import in_turns
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 from gap_hf.quiet import quiet
 
 # Layers are timed in bursts of so many seconds: a call may take microseconds.
 _BURST = 0.005
 _MOST_ROWS_COMPARED = 16
-_VERSIONS = ("torch", "transformers", "onnxruntime", "ctranslate2", "llvmlite")
 
 
 @dataclass(frozen=True)
@@ -102,30 +99,6 @@ def measure(
     )
 
 
-def machine() -> dict[str, Any]:
-    """What the figures hold for."""
-    versions = {}
-    for name in _VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 class _Work:
     def __init__(
         self,
@@ -153,7 +126,7 @@ class _Work:
                 except Exception as error:  # a rival's failure is a finding, not the end of the measurement
                     if name == BASE:
                         raise
-                    self.failed[name] = f"it failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+                    self.failed[name] = f"it failed: {first_line(error)}"
                     del self.rivals[name]
                     continue
                 base = output if base is None else base

@@ -19,9 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 from gap_hf.bench.rivals import Inputs, until_end
 from gap_hf.bench.subject import CAUSAL, SEQ2SEQ, Job, Shape, Subject, search_settings
 from gap_hf.errors import require
-from gap_hf.onnx_files import open_session, write_int8, write_onnx
-from gap_hf.onnx_graphs import DECODER, DECODER_WITH_PAST, ENCODER, MODEL
-from gap_hf.quiet import quiet
+from gap_hf.onnx_files import open_session, write_graph, write_int8, write_onnx
+from gap_hf.onnx_graphs import DECODER, DECODER_WITH_PAST, ENCODER, MODEL, Graph
 
 
 class OnnxRival:
@@ -77,7 +76,8 @@ class OnnxRival:
         path = self.folder / f"layer.{self.precision}.{shape.inputs}x{shape.outputs}.onnx"
         if not path.exists():
             plain = path.with_suffix(".plain")
-            _write_layer(self.subject.model.get_submodule(shape.name), shape, plain)
+            module, x = self.subject.model.get_submodule(shape.name), torch.randn(3, shape.inputs)
+            write_graph(Graph("layer", module, (x,), ({0: "tokens"},), ("x",), ("y",)), plain)
             if self.precision == "int8":
                 write_int8(plain, path)
             else:
@@ -268,13 +268,3 @@ def _store(cache: Any, tensors: Sequence[np.ndarray]) -> None:
             cache.layers[index].keys, cache.layers[index].values = keys, values
         else:
             cache.update(keys, values, index)
-
-
-def _write_layer(module: Any, shape: Shape, path: Path) -> None:
-    x = torch.randn(3, shape.inputs)
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module, (x,), dynamo=True, dynamic_shapes=({0: "tokens"},), input_names=["x"], verbose=False
-        )
-        assert program is not None
-        program.save(path)

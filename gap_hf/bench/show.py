@@ -6,8 +6,7 @@ from pathlib import Path
 
 from gap_hf.bench.results import LAYERS, Cell, Report, Row, verdict
 from gap_hf.bench.rivals import BASE, OURS
-from gap_hf.errors import GaPError
-from gap_hf.tables import text_table
+from gap_hf.tables import new_figure, save_figure, text_table
 
 _COLORS = ("#999999", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#F0E442", "#009E73", "#D55E00")
 
@@ -103,10 +102,6 @@ def plot(report: Report, path: Path) -> None:
     Raises:
         GaPError: if matplotlib is not installed or cannot write such a file.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise GaPError("plots need matplotlib; install it with: pip install 'gap_hf[report]'") from None
     panels = [
         (title, cells)
         for title, cells in (
@@ -117,7 +112,7 @@ def plot(report: Report, path: Path) -> None:
     ]
     names = list(dict.fromkeys(row.rival for _, cells in panels for cell in cells for row in cell.rows))
     height = sum(0.5 + 0.17 * sum(len(cell.rows) + 1 for cell in cells) for _, cells in panels)
-    figure = Figure(figsize=(8, 1.2 + height), layout="constrained")
+    figure = new_figure(8, 1.2 + height)
     axes = figure.subplots(
         len(panels), squeeze=False, height_ratios=[sum(len(c.rows) + 1 for c in cells) for _, cells in panels]
     )
@@ -142,7 +137,4 @@ def plot(report: Report, path: Path) -> None:
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlabel(f"times as fast as {BASE}, with the 95 % interval of the median", fontsize=8)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    try:
-        figure.savefig(path, dpi=130)
-    except (ValueError, OSError) as error:
-        raise GaPError(f"{path}: the plot cannot be written: {error}") from None
+    save_figure(figure, path)

@@ -315,15 +315,12 @@ def order_of_addition() -> dict[str, Any]:
 
 def trainer_runs(folder: Path, *, seconds: bool = False, **changes: Any) -> dict[str, Any]:
     """The whole of a GaPTrainer run with and without the hook."""
-    config = changes.pop("config", TOY_CONFIG)
+    config, packed = changes.pop("config", TOY_CONFIG), changes.pop("live_state", False)
     seen = []
     for live in (False, None):
         model = causal_lm(n_layer=2)
-        live_state = live is None and changes.pop("live_state", False)
-        config = config.replace(live_gradients=live, live_state=live_state)
-        trainer = gap_trainer(
-            folder, config=config, model=model, **{k: v for k, v in changes.items() if k != "live_state"}
-        )
+        config = config.replace(live_gradients=live, live_state=packed and live is None)
+        trainer = gap_trainer(folder, config=config, model=model, **changes)
         trainer.train()
         if seconds:  # a second train() on the same DDP module
             trainer.train()
