@@ -7,8 +7,8 @@
 2. Loading by `from_pretrained`, interleaved in one process: the dense file, the dense file with every weight read into memory of
    its own, and the packed one with raw, deflated and gap-coded bits. safetensors maps a dense file and reads nothing until a
    weight is used, so each time includes one sum over every weight. Files are in the page cache; then once more after they
-   were dropped from it.
-3. Memory: each way in a process of its own, the highest anonymous memory (what is not a mapped file) above that before loading.
+   were dropped from it. The order turns, so that no way always follows the same one.
+3. Memory: each way in five processes of its own, the median of the highest anonymous memory (what is not a mapped file) above that before loading.
 
 Random weights, pruned by magnitude; a mask of trained weights takes the same room if it is as random.
 """
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=15)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=18)
     parser.add_argument("--quick", action="store_true", help="a small model and few repeats")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
@@ -129,8 +129,10 @@ def measure_loading(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     warm: dict[str, list[float]] = {way: [] for way in folders}
     cold: dict[str, list[float]] = {way: [] for way in folders}
     for times, dropped, repeats in ((warm, False, args.repeats), (cold, True, max(3, args.repeats // 3))):
-        for _ in range(repeats):
-            for way, folder in folders.items():
+        for turn in range(repeats):
+            # Each way begins with the memory that the one before it gave back, so none always follows the same.
+            order = list(folders.items())
+            for way, folder in order[turn % len(order) :] + order[: turn % len(order)]:
                 if dropped:
                     drop_from_cache(folder / "model.safetensors")
                 start = time.perf_counter()
@@ -142,7 +144,9 @@ def measure_loading(root: Path, args: argparse.Namespace) -> dict[str, Any]:
                 gc.collect()
     data = (root / "dense/model.safetensors").read_bytes()
     zstd = {level: len(zstandard.ZstdCompressor(level=level).compress(data)) / len(data) for level in (3, 19)}
-    peaks = {way: peak_in_child(__file__, way, str(folder)) for way, folder in folders.items()}
+    # The loader's threads read ahead more or less, so a peak differs from run to run.
+    runs = {way: [peak_in_child(__file__, way, str(folder)) for _ in range(5)] for way, folder in folders.items()}
+    peaks = {way: statistics.median(values) for way, values in runs.items()}
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     return {
         "load": {"warm": summary(warm), "cold": summary(cold)},

@@ -24,6 +24,7 @@ class GaPCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer._gap_clear_gradients()  # those of a step that was left out
         self.trainer._gap_report_start()
 
     def on_optimizer_step(

@@ -16,7 +16,7 @@ kept, if masks are loaded after it. `release` gives the usual dense state back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -27,6 +27,9 @@ from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError, first_line
 from gap_hf.masks import Masks
 from gap_hf.optimizer_state import OwnState, clear_grown, clear_pruned, reset_all, unwrap
+
+if TYPE_CHECKING:
+    from gap_hf.packed_gradients import PackedGradients
 
 _KNOWN = {
     getattr(torch.optim, name)
@@ -90,6 +93,7 @@ class LiveState(OwnState):
         self._masks = masks
         self._places: dict[nn.Parameter, _Places] = {}
         self._swapped: list[_Swap] = []
+        self.gradients: PackedGradients | None = None
         self._handles = [
             self.optimizer.register_step_pre_hook(self._gather),
             self.optimizer.register_step_post_hook(self._scatter),
@@ -113,6 +117,17 @@ class LiveState(OwnState):
         places = sum(places.num_bytes for places in self._places.values())
         return places + sum(v.numel() * v.element_size() for v in state if isinstance(v, Tensor))
 
+    @torch.no_grad()
+    def live_gradient(self, name: str) -> Tensor | None:
+        """The live entries of a weight's gradient, 1-D; None if it has none or is dense now."""
+        param, mask = self._masks.params[name], self._masks[name]
+        if mask is None or param.grad is None:
+            return None
+        if (places := self._places.get(param)) is None or places.mask is not mask:
+            self.sync()
+            places = self._places[param]
+        return places.take(param.grad, places.positions())
+
     # --- around a step -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -123,11 +138,17 @@ class LiveState(OwnState):
         self.sync()
         for group in optimizer.param_groups:
             for i, param in enumerate(group["params"]):
-                if param.grad is None or (places := self._places.get(param)) is None:
+                if (places := self._places.get(param)) is None:
+                    continue
+                packed = None if self.gradients is None else self.gradients.take(param)
+                if packed is None and param.grad is None:
                     continue
                 at = places.positions()
                 live = nn.Parameter(places.take(param, at))
-                live.grad = places.take(param.grad, at)
+                live.grad = packed
+                if param.grad is not None:
+                    whole = places.take(param.grad, at)
+                    live.grad = whole if packed is None else packed.add_(whole)
                 self._swapped.append(_Swap(group["params"], i, param, live, at))
                 group["params"][i] = live
                 if param in optimizer.state:

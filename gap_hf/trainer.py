@@ -25,6 +25,7 @@ from gap_hf.distributed import WorkerGroups, check_same_masks, make_worker_group
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
 from gap_hf.optimizer_state import unwrap
+from gap_hf.packed_gradients import PackedGradientsMixin
 from gap_hf.plan import Plan
 from gap_hf.planning import plan_for
 from gap_hf.publishing import HubMixin
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from gap_hf.zero import ZeroState
 
 
-class GaPMixin(ResumeMixin, HubMixin):
+class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
     """Adds scheduled grow-and-prune to any Trainer subclass: ``class MyTrainer(GaPMixin, SFTTrainer): ...``.
 
     Under FSDP version 2 masks are sharded as weights are (`gap_hf.shards`), and `save_model` is for all ranks, as Trainer's own
@@ -144,7 +145,8 @@ class GaPMixin(ResumeMixin, HubMixin):
             return super().training_step(*args, **kwargs)
         gap = self._gap_sparsifier
         gap.workers.take_turn(gap, self.current_gradient_accumulation_steps)
-        loss = super().training_step(*args, **kwargs)
+        with self._gap_packing(gap):
+            loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             for _ in gap.workers.others(gap):
                 self._gap_update_replica()
@@ -243,6 +245,7 @@ class GaPMixin(ResumeMixin, HubMixin):
         )
         if self._gap_zero is not None:
             self._gap_zero.attach(self.gap)
+        self._gap_pack_gradients(self.gap)
         self._gap_reducer = attach(self.model_wrapped, self.gap, self._gap_reducer)
         if isinstance(self.gap.workers, ProcessWorkers):
             assert self._gap_reducer is not None, "P-GaP over processes trains one DDP module"

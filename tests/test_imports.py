@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "masks": _PURE | {"shards"},
     "optimizer_state": _PURE | {"shards"},
     "live_state": _PURE | {"masks", "optimizer_state"},
+    "packed_gradients": {"errors", "live_state"},
     "allocation": _PLAN | _TARGETS | {"partition"} | _MASKS,
     "change": _PURE | {"shards", "largest"},
     "selection": _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation"},
@@ -88,7 +89,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "zero": _CORE,
     "refusals": _CORE | {"shards"},
     "callback": set(),
-    "trainer": _CORE | _FILES | {"callback", "publishing", "reduction", "refusals", "resuming", "zero"},
+    "trainer": _CORE
+    | _FILES
+    | {"callback", "packed_gradients", "publishing", "reduction", "refusals", "resuming", "zero"},
     "packed": {"errors", "packed"},
     "folder_files": {"errors", "checkpoint", "packed"},
     "hub": {"errors"},

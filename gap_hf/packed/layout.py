@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -134,35 +134,44 @@ def live_blocks(blob: np.ndarray, header: MaskHeader) -> np.ndarray:
     Raises:
         PackedError: if the bits are damaged, or not as many as the header says.
     """
+    return np.concatenate([places for places, _ in _live_parts(blob, header)])
+
+
+def _live_parts(blob: np.ndarray, header: MaskHeader) -> Iterator[tuple[np.ndarray, slice]]:
+    """`live_blocks` part by part, so that what is done with a part finds it in a cache, and where among all each part lies.
+
+    Sizes are checked at once, the number of live blocks with the last part.
+    """
+    places_of = _places_of_gaps if header.coding == GAPS else _places_of_bits
     expected = header.count // header.block_size
-    payload = blob[header.start :]
-    if header.coding == GAPS:
-        places = _places_of_gaps(payload, header, expected)
-    else:
-        places = _places_of_bits(payload, header, expected)
-    if places.size != expected:
-        raise PackedError(f"the mask has {places.size} live blocks, expected {expected}")
-    return places
+    return _counted(places_of(blob[header.start :], header, expected), expected)
 
 
-def _places_of_bits(payload: np.ndarray, header: MaskHeader, expected: int) -> np.ndarray:
+def _counted(parts: Iterable[np.ndarray], expected: int) -> Iterator[tuple[np.ndarray, slice]]:
+    found = 0
+    for places in parts:
+        start, found = found, found + places.size
+        if found > expected:
+            break
+        yield places, slice(start, found)
+    if found != expected:
+        raise PackedError(f"the mask has {'more' if found > expected else found} live blocks, expected {expected}")
+
+
+def _places_of_bits(payload: np.ndarray, header: MaskHeader, expected: int) -> Iterable[np.ndarray]:
     num_bytes = (header.num_blocks + 7) // 8
     bits = payload if header.coding == RAW else _inflate(payload, num_bytes)
     if bits.size != num_bytes:
         raise PackedError(f"the mask has {bits.size} bytes of bits, expected {num_bytes}")
-    if (found := int(np.bitwise_count(bits).sum(dtype=np.int64))) != expected:
-        raise PackedError(f"the mask has {found} bits set, expected {expected}")
-    parts = [
+    if header.num_blocks % 8 and bits[-1] >> header.num_blocks % 8:
+        raise PackedError(f"the mask has a bit beyond its {header.num_blocks} blocks")
+    return (
         np.flatnonzero(np.unpackbits(bits[i : i + _CHUNK], bitorder="little").view(bool)) + 8 * i
         for i in range(0, num_bytes, _CHUNK)
-    ]
-    places = np.concatenate(parts)
-    if places.size and places[-1] >= header.num_blocks:
-        raise PackedError(f"the mask has a bit beyond its {header.num_blocks} blocks")
-    return places
+    )
 
 
-def _places_of_gaps(payload: np.ndarray, header: MaskHeader, expected: int) -> np.ndarray:
+def _places_of_gaps(payload: np.ndarray, header: MaskHeader, expected: int) -> Iterable[np.ndarray]:
     # The end counts as one more live block, so that the gaps have to add up to the whole grid.
     gaps = _inflate(payload, expected + 1 + header.num_blocks // _SKIP)
     marks = gaps != _SKIP
@@ -170,7 +179,7 @@ def _places_of_gaps(payload: np.ndarray, header: MaskHeader, expected: int) -> n
     places -= 1
     if not gaps.size or not marks[-1] or places[-1] != header.num_blocks:
         raise PackedError(f"the mask's gaps do not add up to its {header.num_blocks} blocks")
-    return places[:-1] if marks.all() else places[marks][:-1]
+    return [places[:-1] if marks.all() else places[marks][:-1]]
 
 
 def _inflate(payload: np.ndarray, most: int) -> np.ndarray:
@@ -279,17 +288,22 @@ def unpack(values: Tensor, blob: Tensor) -> Tensor:
     header = parse_mask(bits)
     if values.ndim != 1 or values.numel() != header.count:
         raise PackedError(f"there are {tuple(values.shape)} values, expected {header.count} in one dimension")
-    places = live_blocks(bits, header)
-    if header.block_size > 1:
-        grid = np.zeros(header.num_blocks, bool)
-        grid[places] = True
-        places = np.flatnonzero(_expand(grid, header))
     if values.device.type != "cpu":
         dense = torch.zeros(header.numel, dtype=values.dtype, device=values.device)
-        dense[torch.from_numpy(places).to(values.device)] = values
+        dense[torch.from_numpy(_live_weights(bits, header)).to(values.device)] = values
         return dense.view(header.shape)
     # numpy's assignment is the fast one, and does not know bfloat16: equally wide integers do.
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    whole = np.zeros(header.numel, dtype=f"i{values.element_size()}" if values.element_size() > 1 else np.uint8)
-    whole[places] = values.detach().contiguous().view(kind).numpy()
+    live = values.detach().contiguous().view(kind).numpy()
+    parts = _live_parts(bits, header) if header.block_size == 1 else [(_live_weights(bits, header), slice(None))]
+    whole = np.zeros(header.numel, live.dtype)
+    for places, part in parts:
+        whole[places] = live[part]
     return torch.from_numpy(whole).view(values.dtype).view(header.shape)
+
+
+def _live_weights(blob: np.ndarray, header: MaskHeader) -> np.ndarray:
+    """Places of the live weights in the flattened tensor, ascending."""
+    if header.block_size == 1:
+        return live_blocks(blob, header)
+    return np.flatnonzero(dense_mask(blob))

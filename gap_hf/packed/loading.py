@@ -7,8 +7,10 @@ lies in every packed folder, for ``trust_remote_code=True``, so of gap_hf it may
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
+import mmap
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,9 +68,17 @@ def check_files(paths: Sequence[str | Path], config: PackedConfig) -> None:
         entry = config.files[name]
         if not isinstance(entry, dict) or entry.get("size") != path.stat().st_size:
             raise PackedError(f"{name}: has {path.stat().st_size} bytes, expected what config.json records")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.get("sha256"):
-                raise PackedError(f"{name}: SHA-256 is not what config.json records; the file was changed")
+        if _sha256(path) != entry.get("sha256"):
+            raise PackedError(f"{name}: SHA-256 is not what config.json records; the file was changed")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        if not path.stat().st_size:
+            return hashlib.sha256().hexdigest()
+        # Mapped, as it will be for loading: nothing is copied.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return hashlib.sha256(data).hexdigest()
 
 
 def packed_keys(path: str | Path) -> set[str]:
@@ -135,6 +145,16 @@ class UnpackOne(Unpack):
         return {full_layer_name: tensor}
 
 
+class UnpackingConverter(WeightConverter):
+    """A converter that is cheap to copy: transformers copies it for every tensor, and only what it collects is its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnpackingConverter:
+        one = copy.copy(self)
+        for name in ("collected_tensors", "layer_targets"):
+            setattr(one, name, copy.deepcopy(getattr(self, name), memo))
+        return one
+
+
 def _plain(pattern: str) -> str:
     return pattern.removesuffix("$")
 
@@ -171,14 +191,16 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(converter, WeightConverter) and any(_plain(s).endswith(tuple(leaves)) for s in sources):
                 # Masks first: a pattern without an end, as transformers 5.17 has them, would match both.
                 masks = [f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]
-                copy = WeightConverter(
+                ours = UnpackingConverter(
                     [*masks, *sources], converter._original_target_patterns, [Unpack(), *converter.operations]
                 )
-                copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-                self._originals[id(copy)] = converter
-                converter = copy
+                for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+                    if hasattr(converter, name):
+                        setattr(ours, name, getattr(converter, name))
+                self._originals[id(ours)] = converter
+                converter = ours
             updated.append(converter)
-        own = [WeightConverter([f"{leaf}$", f"{leaf}{SUFFIX}$"], leaf, [UnpackOne()]) for leaf in leaves]
+        own = [UnpackingConverter([f"{leaf}$", f"{leaf}{SUFFIX}$"], leaf, [UnpackOne()]) for leaf in leaves]
         self._originals |= {id(converter): None for converter in own}
         return [*updated, *own]
 
