@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 
 def highest_anonymous(call: Callable[[], Any]) -> int:
@@ -30,8 +33,18 @@ def highest_anonymous(call: Callable[[], Any]) -> int:
     return highest[0] - before
 
 
-def peak_in_child(script: str, *words: str) -> int:
-    """What `script` prints last when it is run with ``--child`` and these words: a peak, measured in a process of its own."""
+def highest_allocated(call: Callable[[], Any]) -> int:
+    """Most bytes that torch's CPU allocator has given out at a time while `call` runs, by its own count."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(str(Path(folder) / "trace.json"))
+        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
+
+
+def from_child(script: str, *words: str) -> Any:
+    """What `script` prints last when it is run with ``--child`` and these words: what is measured in a process of its own."""
     command = [sys.executable, script, "--child", *words]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 

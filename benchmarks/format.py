@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 import zstandard
-from _memory import highest_anonymous, peak_in_child
+from _memory import from_child, highest_anonymous
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -145,7 +145,7 @@ def measure_loading(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     data = (root / "dense/model.safetensors").read_bytes()
     zstd = {level: len(zstandard.ZstdCompressor(level=level).compress(data)) / len(data) for level in (3, 19)}
     # The loader's threads read ahead more or less, so a peak differs from run to run.
-    runs = {way: [peak_in_child(__file__, way, str(folder)) for _ in range(5)] for way, folder in folders.items()}
+    runs = {way: [from_child(__file__, way, str(folder)) for _ in range(5)] for way, folder in folders.items()}
     peaks = {way: statistics.median(values) for way, values in runs.items()}
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     return {

@@ -10,7 +10,8 @@ schedule (no ramps), four groups, so that in a round a quarter is dense and the 
 1. Bytes of the optimizer's state of the prunable weights, and of the whole model, as a share of plain Trainer's: the mean
    over the steps of a round, indices included. Masks, a byte a weight in both GaP runs, are listed apart.
 2. Step time: the median of the rounds' ratios to plain Trainer, with a 95 % bootstrap interval, over steps without a change.
-3. Memory: each way in a process of its own, the highest anonymous memory above that before the model is made.
+3. Memory: each way in a process of its own, the highest anonymous memory above that before the model is made; in another
+   one, what torch's allocator gave out at most, beside what `gap_hf.memory` foresees of that.
 """
 
 from __future__ import annotations
@@ -19,21 +20,25 @@ import argparse
 import json
 import platform
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from _memory import highest_anonymous, peak_in_child
+from _memory import from_child, highest_allocated, highest_anonymous
 from overhead import Turns, run_in_turns
+from torch.optim import AdamW
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, set_seed
 
 from gap_hf import GaPConfig, GaPTrainer
 from gap_hf.bench.timing import ratio
 from gap_hf.live_state import LiveState
+from gap_hf.memory import MemoryForecast, batch_of
 from gap_hf.optimizer_state import unwrap
+from gap_hf.planning import summarize
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = {"25M": {"n_layer": 8, "n_embd": 512}, "100M": {"n_layer": 15, "n_embd": 768}}
@@ -160,28 +165,49 @@ def peak_of(way: str, size: dict[str, int], sparsity: float) -> int:
         return highest_anonymous(lambda: make(way, size, sparsity, folder, turns=False).train())
 
 
+def allocated_by(way: str, size: dict[str, int], sparsity: float) -> dict[str, int]:
+    """Most bytes that tensors took over the same steps, as torch's allocator counted and as they are foreseen."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = highest_allocated(lambda: make(way, size, sparsity, folder, turns=False).train())
+        trainer = make(way, size, sparsity, folder, turns=False)
+        model, config = trainer.model, trainer.gap_config
+        assert model is not None
+        forecast = MemoryForecast(
+            lambda: GPT2LMHeadModel(model.config), partial(batch_of, size=4, tokens=64), partial(AdamW, fused=True)
+        )
+    if config is None:
+        return {"measured": measured, "foreseen": forecast.peak_bytes({})}
+    peak_bytes = partial(forecast.peak_bytes, live_state=config.live_state)
+    phases = summarize(model, config, total_steps=STEPS, seed=42, peak_bytes=peak_bytes)["phases"]
+    return {"measured": measured, "foreseen": max(phase["peak_bytes"] for phase in phases[:2])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9])
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/training.json")
-    parser.add_argument("--child", nargs=3, metavar=("WAY", "SIZE", "SPARSITY"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, metavar=("WHAT", "WAY", "SIZE", "SPARSITY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if args.child:
-        way, size, sparsity = args.child
-        print(json.dumps(peak_of(way, (SIZES | QUICK)[size], float(sparsity))))
+        what, way, size, sparsity = args.child
+        measure_child = {"process": peak_of, "allocator": allocated_by}[what]
+        print(json.dumps(measure_child(way, (SIZES | QUICK)[size], float(sparsity))))
         return
     rows = []
     for name in QUICK if args.quick else args.sizes:
         for sparsity in args.sparsities:
             row = {"model": name, **measure((SIZES | QUICK)[name], sparsity)}
-            peaks = {way: peak_in_child(__file__, way, name, str(sparsity)) for way in WAYS}
-            row["trainer_peak_bytes"] = peaks["trainer"]
+            peaks = {way: from_child(__file__, "process", way, name, str(sparsity)) for way in WAYS}
+            bytes_of = {way: from_child(__file__, "allocator", way, name, str(sparsity)) for way in WAYS}
+            row["trainer_peak_bytes"], row["trainer_allocated"] = peaks["trainer"], bytes_of["trainer"]
             for way in WAYS[1:]:
                 row[way]["peak"] = peaks[way] / peaks["trainer"]
+                row[way]["allocated"] = bytes_of[way]["measured"] / bytes_of["trainer"]["measured"]
+                row[way]["foreseen"] = bytes_of[way]["foreseen"] / bytes_of[way]["measured"]
             rows.append(row)
             print(table(rows[-1:]), flush=True)
     result = {
@@ -196,15 +222,18 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| model | sparsity | way | state, prunable | state, whole model | peak memory | step (95 % interval) |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        "| model | sparsity | way | state, prunable | state, whole model | peak, process | peak, tensors | foreseen / measured "
+        "| step (95 % interval) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         for way in WAYS[1:]:
             r = row[way]
             low, high = r["step_interval_95"]
             lines.append(
                 f"| {row['model']} | {row['sparsity']:.0%} | {way} | {r['prunable_state']:.3f} | {r['whole_state']:.3f} | "
-                f"{r['peak']:.3f} | {r['step']:.3f} ({low:.3f}–{high:.3f}) |"
+                f"{r['peak']:.3f} | {r['allocated']:.3f} | {r['foreseen']:.3f} | {r['step']:.3f} ({low:.3f}–{high:.3f}) |"
             )
     return "\n".join(lines)
 

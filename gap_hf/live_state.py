@@ -276,7 +276,8 @@ class _Places:
 
     def take(self, tensor: Tensor, at: Tensor) -> Tensor:
         """The live entries of a tensor of the weight's shape, 1-D."""
-        out = tensor.new_zeros(self.length)
+        out = tensor.new_empty(self.length)
+        out[self.count :] = 0
         if tensor.stride() != self.stride:
             tensor = torch.empty_strided(self.shape, self.stride, dtype=tensor.dtype, device=tensor.device).copy_(
                 tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from math import floor, prod
 from typing import Any
@@ -15,7 +15,9 @@ from transformers import TrainingArguments
 from gap_hf.allocation import keep_counts, make_groups
 from gap_hf.config import GaPConfig
 from gap_hf.pattern_names import parse_pattern
+from gap_hf.phases import Phase
 from gap_hf.plan import Plan, make_plan
+from gap_hf.tables import size_text
 from gap_hf.targets import Targets, clean_name, find_targets
 
 
@@ -53,12 +55,27 @@ def plan_for(model: nn.Module, config: GaPConfig, args: TrainingArguments, *, to
 
 
 def summarize(
-    model: nn.Module, config: GaPConfig, *, total_steps: int, steps_per_epoch: Fraction | None = None, seed: int = 0
+    model: nn.Module,
+    config: GaPConfig,
+    *,
+    total_steps: int,
+    steps_per_epoch: Fraction | None = None,
+    seed: int = 0,
+    peak_bytes: Callable[[Mapping[str, int]], int] | None = None,
 ) -> dict[str, Any]:
-    """Everything `format_summary` shows, as plain data. The model may be on the meta device.
+    """Everything `format_summary` shows, as plain data.
 
     FLOPs count each weight of a matrix product once per token, forward and backward alike, so they are exact for
     Linear layers, leave out attention scores, and for convolutions and experts weigh every weight the same.
+
+    Args:
+        model: May be on the meta device.
+        config: Of grow-and-prune.
+        total_steps: Optimizer steps.
+        steps_per_epoch: Needed where the config goes by epochs.
+        seed: Of what is drawn, if the config has none.
+        peak_bytes: Gives the peak memory of a step from the live weights of each tensor with a mask, such as
+            `gap_hf.memory.MemoryForecast.peak_bytes`; None: memory is not foreseen.
 
     Raises:
         GaPError: for anything that `GaPTrainer` would refuse about the model, the targets or the length.
@@ -82,6 +99,31 @@ def summarize(
     def flops(share: float) -> float:
         return (share * prunable + other_products) / (prunable + other_products)
 
+    def most_live(phase: Phase) -> tuple[float, ...]:
+        """The levels of the phase's step with the most live weights."""
+        steps = {phase.start, *(u.step for u in plan.updates if phase.start <= u.step < phase.end)}
+        return min(
+            map(plan.levels_at, sorted(steps)),
+            key=lambda levels: sum(n * level * (1 - d) for n, level, d in zip(sizes, levels, densities, strict=True)),
+        )
+
+    def memory(levels: Sequence[float]) -> int:
+        """Of groups of about one size it is not asked which one is dense; 0 of 1 % of a level is told apart."""
+        key = tuple(sorted(round(level, 2) for level in levels))
+        if key not in foreseen:
+            assert peak_bytes is not None
+            foreseen[key] = peak_bytes(
+                {
+                    name: round(numel_of[name] - level * (numel_of[name] - live[name]))
+                    for group, level in zip(groups, levels, strict=True)
+                    if level > 0
+                    for name in group.names
+                }
+            )
+        return foreseen[key]
+
+    foreseen: dict[tuple[float, ...], int] = {}
+    numel_of = {w.name: w.numel for w in targets.weights}
     average = plan.average_live_share(sizes, densities)
     final = sum(live.values()) / prunable
     return {
@@ -98,6 +140,7 @@ def summarize(
         "training_flops_of_model": flops(average),
         "inference_flops_of_model": flops(final),
         "groups": [{"blocks": list(g.blocks), "tensors": len(g.names), "weights": g.numel} for g in groups],
+        **({} if peak_bytes is None else {"peak_bytes_of_dense": peak_bytes({})}),
         "phases": [
             {
                 "phase": p.index + 1,
@@ -108,6 +151,7 @@ def summarize(
                 "dense_groups": [g + 1 for g in plan.grown(p)],
                 "live_share": plan.live_share(p, sizes, densities),
                 "flops_of_model": flops(plan.live_share(p, sizes, densities)),
+                **({} if peak_bytes is None else {"peak_bytes": memory(most_live(p))}),
             }
             for p in plan.phases
         ],
@@ -119,6 +163,7 @@ def summarize(
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as tables for people; tensors that differ only in a number share a line."""
     s = summary
+    dense_bytes = s.get("peak_bytes_of_dense")
     lines = [
         f"{s['model']}: {s['num_params']:,} parameters, {s['num_prunable']:,} prunable "
         f"({s['num_prunable'] / s['num_params']:.1%}), {s['num_live']:,} of them live at the end",
@@ -150,7 +195,10 @@ def format_summary(summary: dict[str, Any]) -> str:
         "",
         "Phases",
         *_table(
-            ["phase", "kind", "round", "steps", "length", "dense group", "live share", "FLOPs of the model"],
+            [
+                *["phase", "kind", "round", "steps", "length", "dense group", "live share", "FLOPs of the model"],
+                *(["peak memory"] if dense_bytes else []),
+            ],
             [
                 [
                     p["phase"],
@@ -161,6 +209,7 @@ def format_summary(summary: dict[str, Any]) -> str:
                     _numbers(p["dense_groups"]),
                     f"{p['live_share']:.3f}",
                     f"{p['flops_of_model']:.3f}",
+                    *([size_text(p["peak_bytes"])] if dense_bytes else []),
                 ]
                 for p in s["phases"]
             ],
@@ -171,6 +220,12 @@ def format_summary(summary: dict[str, Any]) -> str:
         f"{s['training_flops_of_model']:.3f} of the model; inference {s['inference_flops_of_model']:.3f} of the model",
         "(FLOPs that sparse kernels could skip: dense kernels compute with the zeros.)",
     ]
+    if dense_bytes:
+        most = max(p["peak_bytes"] for p in s["phases"])
+        lines += [
+            f"peak memory of a training step: {size_text(most)}, dense training {size_text(dense_bytes)} ({most / dense_bytes:.3f} of it)",
+            "(What tensors take at a time. A process takes more, by what its allocator keeps and its libraries need.)",
+        ]
     return "\n".join(lines)
 
 

@@ -6,13 +6,15 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -24,10 +26,12 @@ from transformers import (
     PreTrainedConfig,
     Seq2SeqTrainingArguments,
     TimmWrapperConfig,
+    Trainer,
+    TrainingArguments,
 )
 
 from gap_hf.config import load_yaml
-from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.errors import GaPError, did_you_mean, first_line
 from gap_hf.planning import format_summary, summarize
 from gap_hf.recipe import OVERWRITE, load_recipe, one_line
 
@@ -59,21 +63,35 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="the recipe's YAML file")
     parser.add_argument("--steps", type=int, help="optimizer steps of the whole run, if the recipe has no max_steps")
     parser.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch, if the recipe goes by epochs")
+    parser.add_argument(
+        "--memory", action="store_true", help="foresee the peak memory of each phase; takes seconds to minutes"
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="with --memory: tokens of each sequence (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan. Returns the exit code."""
-    summary = plan_recipe(args.recipe, args.overrides, steps=args.steps, steps_per_epoch=args.steps_per_epoch)
+    if args.tokens < 1:
+        raise GaPError(f"--tokens: found {args.tokens}, expected at least 1")
+    tokens = args.tokens if args.memory else None
+    summary = plan_recipe(
+        args.recipe, args.overrides, steps=args.steps, steps_per_epoch=args.steps_per_epoch, tokens=tokens
+    )
     print(json.dumps(summary, indent=2) if args.json else format_summary(summary))
     return 0
 
 
 def plan_recipe(
-    path: Path, overrides: Sequence[str], *, steps: int | None, steps_per_epoch: int | None
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    steps: int | None,
+    steps_per_epoch: int | None,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
-    """`gap_hf.planning.summarize` for a recipe.
+    """`gap_hf.planning.summarize` for a recipe; with peak memory if `tokens`, those of each sequence, is given.
 
     Raises:
         GaPError: for a bad recipe, or if its length depends on data that is not counted here.
@@ -82,10 +100,51 @@ def plan_recipe(
     if recipe.gap.is_off:
         raise GaPError("gap.method: 'dense' trains without grow-and-prune, so there is nothing to plan")
     total_steps, per_epoch = _length(recipe.training, steps, steps_per_epoch)
-    seed = recipe.training.get("seed", 42)
+    model, seed = build_on_meta(recipe.model), recipe.training.get("seed", 42)
     return summarize(
-        build_on_meta(recipe.model), recipe.gap, total_steps=total_steps, steps_per_epoch=per_epoch, seed=seed
+        model,
+        recipe.gap,
+        total_steps=total_steps,
+        steps_per_epoch=per_epoch,
+        seed=seed,
+        peak_bytes=None if tokens is None else _memory(recipe, tokens),
     )
+
+
+def _memory(recipe: Any, tokens: int) -> Callable[[Mapping[str, int]], int]:
+    """Foresees the peak memory of a recipe's step; a line shows how far it is, because each takes seconds."""
+    from gap_hf.memory import MemoryForecast, batch_of
+
+    if recipe.gap.method == "parallel":
+        raise GaPError("--memory: gap.method is 'parallel', whose replicas are not foreseen; expected another method")
+    training = recipe.training
+    keys = [key for key in training if key.startswith(("adam_", "optim"))]
+    try:
+        arguments = TrainingArguments("unused", use_cpu=True, **{key: training[key] for key in keys})
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        forecast = MemoryForecast(
+            lambda: build(recipe.model),
+            partial(batch_of, size=training.get("per_device_train_batch_size", 8), tokens=tokens),
+            partial(optimizer, **settings),
+            autocast=next(
+                (t for k, t in {"bf16": torch.bfloat16, "fp16": torch.float16}.items() if training.get(k)), None
+            ),
+            clips=training.get("max_grad_norm", 1.0) > 0,
+            checkpointing=training.get("gradient_checkpointing", False),
+        )
+        bar = tqdm(desc="forecasts", unit="", disable=None)
+
+        def peak_bytes(live: Mapping[str, int]) -> int:
+            found = forecast.peak_bytes(live, live_state=recipe.gap.live_state)
+            bar.update()
+            return found
+
+        peak_bytes({})  # what cannot be foreseen is refused here
+    except GaPError:
+        raise
+    except Exception as error:  # a stranger's model or optimizer that needs numbers
+        raise GaPError(f"--memory: a step of this recipe cannot be foreseen ({first_line(error)})") from None
+    return peak_bytes
 
 
 def _training_class(path: Path) -> type:
@@ -123,6 +182,16 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
     """The model of a recipe's `model` section without its weights, whatever its size.
 
     Raises:
+        GaPError: as `build`.
+    """
+    with torch.device("meta"):
+        return build(section)
+
+
+def build(section: Mapping[str, Any]) -> nn.Module:
+    """The model of a recipe's `model` section, with weights as they are before training.
+
+    Raises:
         GaPError: if the type is unknown or the config cannot be loaded or refuses a value.
     """
     import gap_hf.models  # noqa: F401  # registers the networks that transformers does not have
@@ -135,8 +204,7 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
         else:
             known = _TRAINED_TOKENIZER | {"vocab_size": section["vocab_size"]} if "vocab_size" in section else {}
             config = AutoConfig.for_model(str(section.get("type")), **{**known, **section.get("config", {})})
-        with torch.device("meta"):
-            return _auto_class(config).from_config(config)
+        return _auto_class(config).from_config(config)
     except Exception as error:  # each model checks its own config, with its own kinds of error
         key = next((key for key in ("timm", "checkpoint") if section.get(key) is not None), "type")
         unknown = key == "type" and section.get(key) not in CONFIG_MAPPING
