@@ -103,7 +103,8 @@ class GaPConfig:
             of globs, one for each group.
         best_model_at_target: Only a checkpoint at the final sparsity may become Trainer's best model.
         prune_if_stopped: If training is stopped before the fine-tune, prune to the target before it returns.
-        live_state: Keep the optimizer's state of live weights only (`gap_hf.live_state`).
+        live_state: Keep the optimizer's state of live weights only, and gradients where nothing needs them whole
+            (`gap_hf.live_state`, `gap_hf.packed_gradients`).
         live_gradients: Under DDP send only the gradients of live weights. None: with more than one process, if the
             target leaves less than 0.6 of the weights; true: with more than one process; false: DDP's own all-reduce.
         seed: Seed of random masks, partitions and draws; None takes `TrainingArguments.seed`.

@@ -86,7 +86,7 @@ class LiveState(OwnState):
 
     def __init__(self, optimizer: Any, masks: Masks) -> None:
         self.optimizer = unwrap(optimizer)
-        check_elementwise(self.optimizer)
+        self._check()
         for name, part in masks.parts.items():
             if part.peers.num_ranks > 1:
                 raise GaPError(f"gap.live_state: '{name}' is sharded, expected whole weights; set live_state: false")
@@ -101,6 +101,9 @@ class LiveState(OwnState):
             self.optimizer.register_load_state_dict_post_hook(lambda _: self._places.clear()),
         ]
         _attached[self.optimizer] = ref(self)
+
+    def _check(self) -> None:
+        check_elementwise(self.optimizer)
 
     def detach(self) -> None:
         """Remove the hooks and make the state dense again."""

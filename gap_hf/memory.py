@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.optim import Optimizer
 
@@ -53,7 +53,10 @@ class MemoryForecast:
         with self._mode:
             self._model: Any = make_model().train()
             if checkpointing:
-                self._model.gradient_checkpointing_enable()
+                new = getattr(
+                    self._model, "activation_checkpointing_enable", None
+                )  # its name from transformers 5.20 or so on
+                (new or self._model.gradient_checkpointing_enable)()
             self._batch = make_batch(self._model)
             _freeze(self._model)
         self._params = {clean_name(n): p for n, p in self._model.named_parameters() if p.requires_grad}
@@ -133,6 +136,10 @@ class _SizedState(LiveState):
     def __init__(self, optimizer: Optimizer, masks: Masks, live: Mapping[str, int]) -> None:
         super().__init__(optimizer, masks)
         self._live = {masks.params[name]: count for name, count in live.items()}
+
+    def _check(self) -> None:
+        with unset_fake_temporarily():  # the trial of an optimizer compares numbers
+            super()._check()
 
     def _pack(self, param: nn.Parameter, mask: Tensor) -> None:
         self._places[param] = _SizedPlaces(param, mask, self._live[param])

@@ -81,7 +81,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sparsifier": _CORE - {"sparsifier"},
     "checkpoint": _CORE,
     "lr": _CORE,
-    "planning": _CORE,
+    "planning": _CORE | {"tables"},
+    "memory": {"errors", "live_state", "masks", "packed_gradients", "targets"},
     "recipe": _CORE | {"coercion"},
     "report": _CORE | {"checkpoint", "planning", "recipe"},
     "output": _CORE | {"checkpoint"},
@@ -142,7 +143,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"errors", "inference", "targets"},
     "resuming": {"errors", "folder_files", "shards"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
-    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models"},
+    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models", "memory"},
     "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Settings:
     """What is measured.
 
     `length` and `tokens` are of a source and of what is generated; `limit` the seconds that one call may take; with
-    `stop` sequences end where the model ends them.
+    `stop` sequences end where the model ends them; `output_layer` is ours.
     """
 
     batches: tuple[int, ...] = (1, 16)
@@ -41,6 +41,7 @@ class Settings:
     limit: float = 20.0
     stop: bool = False
     layers: bool = True
+    output_layer: str | None = None
 
 
 def measure(
@@ -63,6 +64,7 @@ def measure(
     Raises:
         GaPError: if the model does not take what it would be given.
     """
+    subject = replace(subject, output_layer=settings.output_layer)
     limit = getattr(subject.model.config, "max_position_embeddings", None)
     needed = max(settings.length, settings.tokens + (0 if subject.task == SEQ2SEQ else settings.length))
     if subject.generates and isinstance(limit, int) and needed > limit:

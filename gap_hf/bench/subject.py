@@ -53,13 +53,17 @@ class Special:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in fp32 on the CPU, in eval mode, without a generation config of its own."""
+    """A model in fp32 on the CPU, in eval mode, without a generation config of its own.
+
+    `output_layer` is what `optimize_for_inference` is given.
+    """
 
     folder: Path
     model: Any
     task: str
     layers: tuple[Shape, ...]
     special: Special
+    output_layer: str | None = None
 
     @property
     def generates(self) -> bool:

@@ -43,6 +43,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=float, default=20.0, metavar="SECONDS", help="leave out a rival whose call takes longer (20)"
     )
+    parser.add_argument(
+        "--output-layer", choices=["int8"], help="ours runs its dense output layer in int8, the best outputs exactly"
+    )
     parser.add_argument("--no-layers", action="store_true", help="whole models only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speeds; the suffix sets the format")
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         stop=lines is not None,
         layers=not args.no_layers,
+        output_layer=args.output_layer,
     )
     report = measure(load_subject(args.folder), names, settings, lines=lines, say=_progress(args.quiet))
     if args.json is not None:

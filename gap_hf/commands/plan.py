@@ -134,12 +134,11 @@ def _memory(recipe: Any, tokens: int) -> Callable[[Mapping[str, int]], int]:
         )
         bar = tqdm(desc="forecasts", unit="", disable=None)
 
-        def peak_bytes(live: Mapping[str, int]) -> int:
-            found = forecast.peak_bytes(live, live_state=recipe.gap.live_state)
-            bar.update()
-            return found
+        dense = forecast.peak_bytes({})  # what cannot be foreseen is refused here
 
-        peak_bytes({})  # what cannot be foreseen is refused here
+        def peak_bytes(live: Mapping[str, int]) -> int:
+            bar.update()
+            return forecast.peak_bytes(live, live_state=recipe.gap.live_state) if live else dense
     except GaPError:
         raise
     except Exception as error:  # a stranger's model or optimizer that needs numbers

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.inference import compiled
+from gap_hf.inference.int8 import INT8
 from gap_hf.inference.layers import ORDINARY, SPARSE, why_not
-from gap_hf.inference.product import Layer, Packed, Product
+from gap_hf.inference.product import Int8Product, Layer, Packed, Product
 from gap_hf.targets import clean_name
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class LayerReport:
         name: Of the module.
         shape: (N, K): outputs, inputs (of a convolution: channels times kernel).
         sparsity: Share of zeros.
-        pattern: That its zeros hold to: ``block:16x1``, ``2:4``, ``unstructured``.
+        pattern: That its zeros hold to: ``block:16x1``, ``2:4``, ``unstructured``; ``int8`` of an output layer.
         forms: By (threads, first token count of a range [2**i, 2**(i + 1))): ``dense`` or the form that is used. Ranges
             that were not met yet are missing.
     """
@@ -54,7 +55,11 @@ class LayerReport:
 
 
 def optimize_for_inference(
-    model: _Model, *, masks: MasksByName | None = None, token_counts: Sequence[int] = ()
+    model: _Model,
+    *,
+    masks: MasksByName | None = None,
+    token_counts: Sequence[int] = (),
+    output_layer: str | None = None,
 ) -> _Model:
     """Make the sparse layers of a model run in the fastest form for this machine, in place.
 
@@ -77,22 +82,30 @@ def optimize_for_inference(
         masks: Of the layers that may run sparse, by parameter name, such as `load_masks` gives and `Sparsifier.masks` are. By
             default the zeros of the weights decide, which is the same for every pruned model.
         token_counts: Numbers of tokens (batch x length; 1 in greedy decoding) to choose forms for now.
+        output_layer: ``int8`` runs a dense output layer (the model's `get_output_embeddings`) in int8 where that is faster, and
+            computes the 32 largest outputs of each token anew with the weight itself (`gap_hf.inference.int8`). The others are
+            rounded, by about 2 % of the largest. None rounds nothing.
 
     Returns:
         `model` itself.
 
     Raises:
-        GaPError: if no layer is sparse, a mask names no layer of the model, or weights do not obey their mask.
+        GaPError: if no layer is sparse, a mask names no layer of the model, weights do not obey their mask, or there is no
+            dense output layer for `output_layer`.
     """
     if any(not isinstance(count, int) or count < 1 for count in token_counts):
         raise GaPError(f"token_counts: found {list(token_counts)}, expected numbers of at least 1")
     layers = {clean_name(name): module for name, module in model.named_modules() if _ordinary_class(module) is not None}
     if masks is not None:
         layers = _of_masks(layers, masks)
+    for module in layers.values():
+        if isinstance(getattr(module, "gap_product", None), Int8Product):
+            restore(module)
     sparsities = {name: _sparsity(module) for name, module in layers.items()}
     chosen = {name: layers[name] for name, share in sparsities.items() if share is not None and share >= MIN_SPARSITY}
     if not chosen:
         raise GaPError(_nothing_sparse(sparsities))
+    head = None if output_layer is None else _output_layer(model, output_layer, chosen)
     compiled.available()  # says now, not in the middle of a generation, if it is not
     on_gpu: list[str] = []
     for name, module in chosen.items():
@@ -106,6 +119,13 @@ def optimize_for_inference(
         if not isinstance(module, nn.Conv2d):
             for count in token_counts:
                 product.prepare(cast(Layer, module), packed, count)
+    if head is not None:
+        cast(Any, head).__class__ = SPARSE[_ordinary_class(head) or nn.Linear]
+        product = Int8Product()
+        head.gap_product = cast(Any, product)
+        packed = product.pack(cast(Layer, head))
+        for count in token_counts:
+            product.prepare(cast(Layer, head), packed, count)
     if on_gpu:
         logger.warning(
             "%d sparse layers stay dense on their GPU, the first is '%s': only 2:4 runs faster there",
@@ -114,6 +134,24 @@ def optimize_for_inference(
         )
     logger.info("%d of %d layers may run sparse", len(chosen), len(layers))
     return model
+
+
+def _output_layer(model: nn.Module, how: str, chosen: dict[str, nn.Module]) -> nn.Module:
+    """The dense Linear that gives the model's outputs.
+
+    Raises:
+        GaPError: if there is none.
+    """
+    if how != INT8:
+        raise GaPError(f"output_layer: found {how!r}, expected None or '{INT8}'")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Module) or _ordinary_class(head) is not nn.Linear:
+        raise GaPError(
+            f"output_layer: {type(model).__name__} has no Linear of at least {MIN_WEIGHTS} weights as its output layer; expected None"
+        )
+    if any(head is module for module in chosen.values()):
+        raise GaPError("output_layer: the output layer is sparse and runs so; expected None")
+    return head
 
 
 def restore(model: _Model) -> _Model:

@@ -16,6 +16,7 @@ from torch import Tensor
 from gap_hf.inference import compiled
 from gap_hf.inference.choice import DENSE, MEMORY, fastest, range_of
 from gap_hf.inference.forms import COMPILED, FORMS, Form, candidates
+from gap_hf.inference.int8 import INT8, int8
 from gap_hf.inference.zeros import Structure, structure_of
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class Packed:
         """None where this weight cannot take it. Made when it is asked for first."""
         base = name.removesuffix(ALONE)
         if base not in self.forms:
-            self.forms[base] = FORMS[base](matrix, matrix != 0, self.structure)
+            make = int8 if base == INT8 else FORMS[base]
+            self.forms[base] = make(matrix, matrix != 0, self.structure)
         form = self.forms[base]
         return form if name == base or form is None else partial(_alone, form)
 
@@ -129,9 +131,12 @@ class Product:
         """Look at the weight, for the first time or because it has changed."""
         weight = layer._parameters["weight"]
         with _lock, torch.no_grad():
-            found = structure_of(layer.matrix(weight.detach()) != 0)
+            found = self.structure_of(layer.matrix(weight.detach()))
             self.packed = Packed(weight, weight.data_ptr(), _version(weight), found)
             return self.packed
+
+    def structure_of(self, matrix: Tensor) -> Structure:
+        return structure_of(matrix != 0)
 
     def prepare(self, layer: Layer, packed: Packed, tokens: int) -> None:
         """Choose now what an input of so many tokens would have to wait for."""
@@ -158,8 +163,17 @@ class Product:
             return form
 
 
+class Int8Product(Product):
+    """Stands in an output layer, for its product in int8."""
+
+    def structure_of(self, matrix: Tensor) -> Structure:
+        return Structure(INT8, 1, 1.0)
+
+
 def _names(structure: Structure, matrix: Tensor, threads: int) -> tuple[str, ...]:
     """Forms to measure. Where little is to be done, or another process has the cores, one thread is faster than many."""
+    if structure.pattern == INT8:
+        return (INT8,)
     names = candidates(structure, matrix.device.type)
     return names + tuple(name + ALONE for name in names if threads > 1 and name in COMPILED)
 
