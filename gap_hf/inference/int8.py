@@ -30,7 +30,9 @@ def int8(weight: Tensor, live: Tensor, found: Structure) -> Form | None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.ao is deprecated; these two operations are not
+            warnings.simplefilter(
+                "ignore"
+            )  # torch 2.14 deprecates tensors of quantised types; without them there is no form
             zeros = torch.zeros(len(scales), dtype=torch.int64)
             packed = torch.ops.quantized.linear_prepack(
                 torch.quantize_per_channel(whole, scales.double(), zeros, 0, torch.qint8), None
