@@ -170,8 +170,8 @@ def allocated_by(way: str, size: dict[str, int], sparsity: float) -> dict[str, i
     with tempfile.TemporaryDirectory() as folder:
         measured = highest_allocated(lambda: make(way, size, sparsity, folder, turns=False).train())
         trainer = make(way, size, sparsity, folder, turns=False)
-        model, config = trainer.model, trainer.gap_config
-        assert model is not None
+        model: Any = trainer.model
+        config = trainer.gap_config
         forecast = MemoryForecast(
             lambda: GPT2LMHeadModel(model.config), partial(batch_of, size=4, tokens=64), partial(AdamW, fused=True)
         )

@@ -38,4 +38,5 @@ class GaPCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer._gap_leave_gradients()
         self.trainer._gap_end()

@@ -74,14 +74,14 @@ class MemoryForecast:
             warnings.simplefilter("ignore")  # of a step that is none: MemTracker warns of arguments that are None
             optimizer = self._make_optimizer(list(self._params.values()))
             masks = _SizedMasks(self._params, live)
-            gradients = None
+            state = gradients = None
             if live_state and live:
                 state = _SizedState(optimizer, masks, live)
                 gradients = PackedGradients(SimpleNamespace(optimizer=state, masks=masks), clips=False)  # type: ignore[arg-type]
                 stack.callback(gradients.detach)
             self._first_step(optimizer)
             kept = [*_state_tensors(optimizer), *(mask for _, mask in masks.sparse_params())]
-            kept += [places._steps for places in state._places.values()] if gradients is not None else []
+            kept += [] if state is None else [places._steps for places in state._places.values()]
             tracker = MemTracker()
             tracker.track_external(self._model, *kept, *(v for v in self._batch.values() if isinstance(v, Tensor)))
             with tracker:

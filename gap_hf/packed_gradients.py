@@ -135,11 +135,14 @@ class PackedGradientsMixin(_Base):
         if self._gap_gradients is not None:
             self._gap_gradients.clear()
 
-    def _gap_pack_gradients(self, sparsifier: Sparsifier) -> None:
-        """Pack the gradients of a run whose optimizer state is packed, where nothing else has to see them whole."""
+    def _gap_leave_gradients(self) -> None:
         if self._gap_gradients is not None:
             self._gap_gradients.detach()
             self._gap_gradients = None
+
+    def _gap_pack_gradients(self, sparsifier: Sparsifier) -> None:
+        """Pack the gradients of a run whose optimizer state is packed, where nothing else has to see them whole."""
+        self._gap_leave_gradients()
         # DDP reduces whole gradients, and a GradScaler looks for them in the optimizer's groups.
         alone = self.args.world_size == 1 and self.accelerator.scaler is None
         if isinstance(sparsifier.optimizer, LiveState) and alone:

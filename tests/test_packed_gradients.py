@@ -158,12 +158,27 @@ def test_gradients_of_a_backward_of_ones_own_are_added() -> None:
     assert same_tensors(*weights)
 
 
-def test_hooks_are_one_for_each_weight_and_go_with_it(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LIVE)
-    weights: Any = list(trainer.gap.masks.params.values())  # type: ignore[union-attr]
+def test_there_is_one_hook_for_each_weight_while_training_lasts(tmp_path: Path) -> None:
+    class Count(TrainerCallback):
+        trainer: Any = None
+
+        def __init__(self) -> None:
+            self.seen: set[int] = set()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen |= {len(p._post_accumulate_grad_hooks) for p in self.trainer.gap.masks.params.values()}
+
+    count = Count()
+    trainer = count.trainer = gap_trainer(
+        tmp_path, config=LIVE, max_steps=24, save_strategy="no", callbacks=[count], max_grad_norm=0.0
+    )
     trainer.train()
-    assert all(len(w._post_accumulate_grad_hooks) == 1 for w in weights)
-    gradients = trainer._gap_gradients
-    assert gradients is not None
-    gradients.detach()
+    trainer.train()
+    assert count.seen == {1}
+    weights: Any = trainer.gap.masks.params.values()  # type: ignore[union-attr]
     assert not any(w._post_accumulate_grad_hooks for w in weights)
+    # A backward of the user's own leaves ordinary gradients.
+    trainer.model(
+        input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)
+    ).loss.backward()  # type: ignore[misc]
+    assert all(w.grad is not None and w.grad.shape == w.shape for w in weights)
