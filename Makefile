@@ -33,6 +33,7 @@ bench-overhead: $(VENV)/.bench  ## cost of a GaPTrainer step against Trainer's: 
 
 bench-training: $(VENV)/.bench  ## optimizer state, memory and step time with live_state, beside Trainer
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/sparse_step.py
 
 bench-communication: $(VENV)/.bench  ## bytes and time of DDP with live gradients alone, and its cost model
 	$(BIN)/python benchmarks/communication.py
