@@ -30,7 +30,7 @@ class PackedGradients:
 
     Args:
         sparsifier: Its optimizer is a `LiveState`, and its weights are whole.
-        clips: A step without a `clipped` before it is refused: somebody else's clipping would have missed these gradients.
+        clips: A step without `was_clipped` before it is refused: somebody else's clipping would have missed these gradients.
     """
 
     def __init__(self, sparsifier: Sparsifier, *, clips: bool) -> None:
@@ -38,8 +38,11 @@ class PackedGradients:
         self.clips = clips
         self._open = self._clipped = False
         self._packed: dict[nn.Parameter, Tensor] = {}
-        params = sparsifier.masks.params
-        self._handles = [p.register_post_accumulate_grad_hook(partial(self._pack, n)) for n, p in params.items()]
+        self._handles = [
+            param.register_post_accumulate_grad_hook(partial(self._pack, name))
+            for name, param in sparsifier.masks.params.items()
+            if param.requires_grad
+        ]
         self.live.gradients = self
 
     def detach(self) -> None:
@@ -80,6 +83,7 @@ class PackedGradients:
         return [self._stand_in(param) if param in self._packed else param for param in params]
 
     def was_clipped(self) -> None:
+        """Trainer has clipped what `stand_ins` gave it."""
         self._clipped = True
 
     def _stand_in(self, param: nn.Parameter) -> nn.Parameter:

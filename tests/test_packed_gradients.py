@@ -90,6 +90,17 @@ def test_clipped_they_agree_to_rounding_over_three_hundred_steps(tmp_path: Path)
     torch.testing.assert_close(norms(live), norms(dense), rtol=1e-4, atol=0)
 
 
+def test_frozen_layers_are_left_alone(tmp_path: Path) -> None:
+    def weights(config: GaPConfig) -> Any:
+        trainer = gap_trainer(tmp_path, config=config, max_steps=24, save_strategy="no", max_grad_norm=0.0)
+        frozen = next(p for n, p in trainer.model.named_parameters() if ".h.0." in n and p.ndim == 2)  # type: ignore[union-attr]
+        frozen.requires_grad_(False)
+        trainer.train()
+        return trainer.model.state_dict()  # type: ignore[union-attr]
+
+    assert same_tensors(weights(LIVE), weights(CONFIG))
+
+
 def test_clipping_that_is_not_trainers_is_refused(tmp_path: Path) -> None:
     class Own(GaPTrainer):
         def _clip_grad_norm(self, model: Any) -> Any:
