@@ -30,13 +30,12 @@ from gap_hf.folder_files import (
     read_config,
     replaced,
     save,
-    sha256,
     unpacked,
     weight_files,
     write_json,
 )
 from gap_hf.packed.layout import PackedError, pack
-from gap_hf.packed.loading import METHOD, SUFFIX, VERSION
+from gap_hf.packed.loading import METHOD, SUFFIX, VERSION, sha256
 from gap_hf.packed.reader_files import AUTO_MAP, write_reader
 from gap_hf.pattern_names import Pattern, parse_pattern
 from gap_hf.recorded import load_masks

@@ -108,7 +108,7 @@ def summarize(
         )
 
     def memory(levels: Sequence[float]) -> int:
-        """Of groups of about one size it is not asked which one is dense; 0 of 1 % of a level is told apart."""
+        """Groups have about one size, so it does not matter which of them has which level; levels count in whole percents."""
         key = tuple(sorted(round(level, 2) for level in levels))
         if key not in foreseen:
             assert peak_bytes is not None

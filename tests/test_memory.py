@@ -88,7 +88,10 @@ def test_within_five_percent_of_what_the_allocator_counts(way: str, batch: dict[
 def test_one_forecast_serves_many_masks_and_leaves_nothing_behind() -> None:
     forecast = MemoryForecast(network, partial(batch_of, size=2, tokens=16), ADAMW)
     live = {n: p.numel() // 5 for n, p in forecast._params.items() if ".h." in n and p.ndim == 2}
-    peaks = [(forecast.peak_bytes({}), forecast.peak_bytes(live), forecast.peak_bytes(live, live_state=True))] * 2
+    peaks = [
+        (forecast.peak_bytes({}), forecast.peak_bytes(live), forecast.peak_bytes(live, live_state=True))
+        for _ in range(2)
+    ]
     assert peaks[0] == peaks[1]
     dense, masked, packed = peaks[0]
     assert masked - dense == sum(p.numel() for n, p in forecast._params.items() if n in live)  # a byte for each weight

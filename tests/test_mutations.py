@@ -15,8 +15,8 @@ from test_saving import gpt2, pruned
 from transformers import AutoModelForCausalLM
 
 from gap_hf import GaPError, save_pretrained
-from gap_hf.folder_files import sha256
 from gap_hf.packed.layout import PackedError
+from gap_hf.packed.loading import sha256
 from gap_hf.recorded import verify_folder
 
 Files = dict[str, bytes]

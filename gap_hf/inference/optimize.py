@@ -109,23 +109,11 @@ def optimize_for_inference(
     compiled.available()  # says now, not in the middle of a generation, if it is not
     on_gpu: list[str] = []
     for name, module in chosen.items():
-        if type(module) in SPARSE:
-            cast(Any, module).__class__ = SPARSE[type(module)]
-        product = Product()
-        module.gap_product = cast(Any, product)
-        packed = product.pack(cast(Layer, module))
+        packed = _install(module, Product(), token_counts)
         if packed.weight.device.type != "cpu" and packed.structure.pattern not in ("1:4", "2:4"):
             on_gpu.append(name)
-        if not isinstance(module, nn.Conv2d):
-            for count in token_counts:
-                product.prepare(cast(Layer, module), packed, count)
     if head is not None:
-        cast(Any, head).__class__ = SPARSE[_ordinary_class(head) or nn.Linear]
-        product = Int8Product()
-        head.gap_product = cast(Any, product)
-        packed = product.pack(cast(Layer, head))
-        for count in token_counts:
-            product.prepare(cast(Layer, head), packed, count)
+        _install(head, Int8Product(), token_counts)
     if on_gpu:
         logger.warning(
             "%d sparse layers stay dense on their GPU, the first is '%s': only 2:4 runs faster there",
@@ -134,6 +122,18 @@ def optimize_for_inference(
         )
     logger.info("%d of %d layers may run sparse", len(chosen), len(layers))
     return model
+
+
+def _install(module: nn.Module, product: Product, token_counts: Sequence[int]) -> Packed:
+    """Put a product into a layer, and choose its forms for these numbers of tokens."""
+    if type(module) in SPARSE:
+        cast(Any, module).__class__ = SPARSE[type(module)]
+    module.gap_product = cast(Any, product)
+    packed = product.pack(cast(Layer, module))
+    if not isinstance(module, nn.Conv2d):
+        for count in token_counts:
+            product.prepare(cast(Layer, module), packed, count)
+    return packed
 
 
 def _output_layer(model: nn.Module, how: str, chosen: dict[str, nn.Module]) -> nn.Module:

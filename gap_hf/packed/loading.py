@@ -68,11 +68,12 @@ def check_files(paths: Sequence[str | Path], config: PackedConfig) -> None:
         entry = config.files[name]
         if not isinstance(entry, dict) or entry.get("size") != path.stat().st_size:
             raise PackedError(f"{name}: has {path.stat().st_size} bytes, expected what config.json records")
-        if _sha256(path) != entry.get("sha256"):
+        if sha256(path) != entry.get("sha256"):
             raise PackedError(f"{name}: SHA-256 is not what config.json records; the file was changed")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, as hexadecimal digits."""
     with open(path, "rb") as file:
         if not path.stat().st_size:
             return hashlib.sha256().hexdigest()
