@@ -43,7 +43,15 @@ from gap_hf.planning import summarize
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = {"25M": {"n_layer": 8, "n_embd": 512}, "100M": {"n_layer": 15, "n_embd": 768}}
 QUICK: dict[str, Any] = {"1M": {"n_layer": 4, "n_embd": 128}}
-WAYS = ("trainer", "gap", "live_state")
+# Of GaPConfig; plain Trainer has none.
+WAYS: dict[str, dict[str, Any] | None] = {
+    "trainer": None,
+    "gap": {},
+    "live_state": {"live_state": True},
+    "sparse_compute": {"live_state": True, "sparse_compute": True},
+    "sparse_compute, 16x1": {"live_state": True, "sparse_compute": True, "pattern": "block:16x1"},
+}
+SPARSE_WAYS = [way for way, changes in WAYS.items() if changes is not None]
 GROUPS, PHASE, WARM_UP = 4, 4, 3
 STEPS = PHASE * (1 + GROUPS) + PHASE  # a first phase, one round, a fine-tune
 
@@ -108,7 +116,7 @@ def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bo
         phase_steps=PHASE,
         ramp_share=0,
         prune_share=0,
-        live_state=way == "live_state",
+        **(WAYS[way] or {}),
     )
     arguments = TrainingArguments(
         folder,
@@ -124,7 +132,7 @@ def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bo
         model=model,
         args=arguments,
         train_dataset=Tokens(64),
-        gap_config=None if way == "trainer" else config,
+        gap_config=None if WAYS[way] is None else config,
         callbacks=[Turns() if turns else Stop()],
     )
     trainer.notes = []
@@ -148,7 +156,7 @@ def measure(size: dict[str, int], sparsity: float) -> dict[str, Any]:
         "prunable": sum(w.numel for w in gap.weights.values()),
         "trainer_ms": 1e3 * float(np.median(seconds[used, 0])),
     }
-    for i, way in enumerate(WAYS[1:], start=1):
+    for i, way in enumerate(SPARSE_WAYS, start=1):
         step = ratio(seconds[used, i].tolist(), seconds[used, 0].tolist())
         result[way] = {
             "prunable_state": float(means[i, 0] / means[0, 0]),
@@ -204,7 +212,7 @@ def main() -> None:
             peaks = {way: from_child(__file__, "process", way, name, str(sparsity)) for way in WAYS}
             bytes_of = {way: from_child(__file__, "allocator", way, name, str(sparsity)) for way in WAYS}
             row["trainer_peak_bytes"], row["trainer_allocated"] = peaks["trainer"], bytes_of["trainer"]
-            for way in WAYS[1:]:
+            for way in SPARSE_WAYS:
                 row[way]["peak"] = peaks[way] / peaks["trainer"]
                 row[way]["allocated"] = bytes_of[way]["measured"] / bytes_of["trainer"]["measured"]
                 row[way]["foreseen"] = bytes_of[way]["foreseen"] / bytes_of[way]["measured"]
@@ -228,7 +236,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        for way in WAYS[1:]:
+        for way in SPARSE_WAYS:
             r = row[way]
             low, high = r["step_interval_95"]
             lines.append(

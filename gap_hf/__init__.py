@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gap_hf.plan import Plan, make_plan
     from gap_hf.recorded import load_masks
     from gap_hf.saving import save_pretrained
+    from gap_hf.sparse_layers import sparse_compute
     from gap_hf.sparsifier import Sparsifier
     from gap_hf.targets import find_targets
     from gap_hf.trainer import GaPMixin, GaPSeq2SeqTrainer, GaPTrainer
@@ -40,6 +41,7 @@ __all__ = [
     "optimize_for_inference",
     "restore",
     "save_pretrained",
+    "sparse_compute",
 ]
 
 _HOMES = {
@@ -58,6 +60,7 @@ _HOMES = {
     "optimize_for_inference": "inference.optimize",
     "restore": "inference.optimize",
     "save_pretrained": "saving",
+    "sparse_compute": "sparse_layers",
 }
 
 

@@ -30,8 +30,8 @@ from gap_hf.sparsifier import Sparsifier
 CONFIG_NAME = "gap_config.json"
 MASKS_NAME = "gap_masks.safetensors"
 VERSION = 2  # 2: a plan has updates and levels
-# What a resume may change: it bears on how training ends or how gradients travel, not on any mask.
-_FREE_KEYS = ("best_model_at_target", "prune_if_stopped", "live_gradients", "live_state")
+# What a resume may change: it bears on how training ends or how the same is computed, not on any mask.
+_FREE_KEYS = ("best_model_at_target", "prune_if_stopped", "live_gradients", "live_state", "sparse_compute")
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ class GaPConfig:
         prune_if_stopped: If training is stopped before the fine-tune, prune to the target before it returns.
         live_state: Keep the optimizer's state of live weights only, and gradients where nothing needs them whole
             (`gap_hf.live_state`, `gap_hf.packed_gradients`).
+        sparse_compute: Compute outputs and gradients of sparse layers without their masked weights, on a CPU in fp32: in
+            GaPTrainer, and in a loop of your own under ``with sparse_compute(sparsifier)`` (`gap_hf.sparse_layers`).
         live_gradients: Under DDP send only the gradients of live weights. None: with more than one process, if the
             target leaves less than 0.6 of the weights; true: with more than one process; false: DDP's own all-reduce.
         seed: Seed of random masks, partitions and draws; None takes `TrainingArguments.seed`.
@@ -140,13 +142,14 @@ class GaPConfig:
     best_model_at_target: bool = True
     prune_if_stopped: bool = False
     live_state: bool = False
+    sparse_compute: bool = False
     live_gradients: bool | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
             check_choice(name, getattr(self, name), valid)
-        for name in ("best_model_at_target", "prune_if_stopped", "live_state"):
+        for name in ("best_model_at_target", "prune_if_stopped", "live_state", "sparse_compute"):
             if not isinstance(getattr(self, name), bool):
                 raise GaPError(f"gap.{name}: found {getattr(self, name)!r}, expected true or false")
         if not (self.live_gradients is None or isinstance(self.live_gradients, bool)):
@@ -188,6 +191,10 @@ class GaPConfig:
         if self.live_state and (self.method == "parallel" or self.optimizer_reset == "none"):
             key = "method" if self.method == "parallel" else "optimizer_reset"
             raise GaPError(f"gap.live_state: cannot go with {key}: {getattr(self, key)}, found true; expected false")
+        if self.sparse_compute and self.workers == "sequential":
+            raise GaPError(
+                "gap.sparse_compute: cannot go with workers: sequential, whose masks change with every turn; expected false"
+            )
         if self.lr_peaks != "constant" and self.lr_schedule != "restart":
             raise GaPError(f"gap.lr_peaks: '{self.lr_peaks}' needs lr_schedule: restart, found '{self.lr_schedule}'")
 

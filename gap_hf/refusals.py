@@ -49,6 +49,8 @@ def check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
         )
     if config.method == "parallel":
         _check_parallel(args, config, optim)
+    if config.sparse_compute:
+        _check_sparse_compute(args)
     if config.phase_epochs is not None and args.max_steps > 0:
         raise GaPError(
             "gap.phase_epochs: training is set by max_steps, not by epochs; expected gap.phase_steps, or num_train_epochs"
@@ -99,6 +101,11 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
             "gap.live_state: packs the state of whole weights, and found a sharded model or optimizer; expected one process or DDP, "
             "or live_state: false"
         )
+    if config.sparse_compute and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or sharded_by_transformers):
+        raise GaPError(
+            "gap.sparse_compute: computes with whole weights, and found a sharded model or optimizer; expected one process or DDP, or "
+            "sparse_compute: false"
+        )
     if config.lr_schedule == "restart" and trainer.lr_scheduler is not None:
         raise GaPError(
             "gap.lr_schedule: 'restart' makes its own scheduler, but one was given through optimizers=; pass "
@@ -142,6 +149,19 @@ def check_deepspeed(deepspeed: Mapping[str, Any], config: GaPConfig, *, mixed_pr
         raise GaPError(
             f"gap.optimizer_reset: found '{config.optimizer_reset}', expected changed: DeepSpeed keeps one step count for many "
             "tensors, and a pruned weight that kept its moments would go on moving in the fp32 master; or use DDP"
+        )
+
+
+def _check_sparse_compute(args: TrainingArguments) -> None:
+    for key in ("bf16", "fp16", "torch_compile"):
+        if getattr(args, key):
+            raise GaPError(
+                f"gap.sparse_compute: its products are in fp32 and not compiled by torch, found training.{key}: true; expected "
+                f"{key}: false, or sparse_compute: false"
+            )
+    if args.device.type != "cpu":
+        raise GaPError(
+            f"gap.sparse_compute: computes on a CPU, found device '{args.device}'; expected use_cpu: true, or sparse_compute: false"
         )
 
 

@@ -33,11 +33,11 @@ from gap_hf.reduction import GradientReducer, attach
 from gap_hf.refusals import check_arguments, check_model, check_setup
 from gap_hf.report import describe, unfinished
 from gap_hf.resuming import ResumeMixin
+from gap_hf.sparse_layers import install, remove
 from gap_hf.sparsifier import Sparsifier
 from gap_hf.workers import OneWorker, ProcessWorkers, SequentialWorkers
 
 logger = logging.getLogger(__name__)
-
 
 if TYPE_CHECKING:
     from gap_hf.zero import ZeroState
@@ -138,6 +138,7 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._gap_resume = None
+            remove(self.model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch; at the last of an accumulation, gradients of masked weights are zeroed before clipping."""
@@ -228,8 +229,6 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
         assert self.model is not None and self.model_wrapped is not None
         plan = self._gap_plan(self.state.max_steps)
         old = self.gap if self.gap is not None and self.gap.model is self.model else None
-        seed = self._gap_resume[1].seed if self._gap_resume else self.args.seed
-        total_steps = self.state.max_steps
         if self.is_deepspeed_enabled:
             from gap_hf.zero import ZeroState  # deepspeed is no dependency, and slow to import
 
@@ -237,15 +236,17 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
         self.gap = Sparsifier(
             self.model,
             self._gap_on_config,
-            total_steps=total_steps,
+            total_steps=self.state.max_steps,
             optimizer=self.optimizer if self._gap_zero is None else self._gap_zero,
-            seed=seed,
+            seed=self._gap_resume[1].seed if self._gap_resume else self.args.seed,
             plan=plan,
             workers=self._gap_workers(plan),
         )
         if self._gap_zero is not None:
             self._gap_zero.attach(self.gap)
         self._gap_pack_gradients(self.gap)
+        if self._gap_on_config.sparse_compute:
+            install(self.gap)
         self._gap_reducer = attach(self.model_wrapped, self.gap, self._gap_reducer)
         if isinstance(self.gap.workers, ProcessWorkers):
             assert self._gap_reducer is not None, "P-GaP over processes trains one DDP module"

@@ -71,6 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer_state": _PURE | {"shards"},
     "live_state": _PURE | {"masks", "optimizer_state"},
     "packed_gradients": {"errors", "live_state"},
+    "sparse_products": {"inference"},
+    "sparse_layers": {"inference", "sparse_products"},
     "allocation": _PLAN | _TARGETS | {"partition"} | _MASKS,
     "change": _PURE | {"shards", "largest"},
     "selection": _PLAN | _TARGETS | {"partition"} | _MASKS | {"allocation"},
@@ -92,7 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callback": set(),
     "trainer": _CORE
     | _FILES
-    | {"callback", "packed_gradients", "publishing", "reduction", "refusals", "resuming", "zero"},
+    | {"callback", "packed_gradients", "publishing", "reduction", "refusals", "resuming", "sparse_layers", "zero"},
     "packed": {"errors", "packed"},
     "folder_files": {"errors", "checkpoint", "packed"},
     "hub": {"errors"},

@@ -28,13 +28,13 @@ class Compiled:
             of `count` and returns how many rows of `x` it saw that are not finite.
         team: ``(layer, x, bias, y, scratch, tokens, threads)``: all parts on so many OpenMP threads; None where
             torch's OpenMP cannot be called, and then one thread does all.
-        scratch: Floats of scratch that a thread needs, given the number of inputs.
+        scratch: Floats of scratch that a thread needs, given the numbers of outputs and inputs.
         owner: What keeps the code alive.
     """
 
     share: Callable[..., int]
     team: Callable[..., int] | None
-    scratch: Callable[[int], int]
+    scratch: Callable[[int, int], int]
     owner: Any
 
 
@@ -44,9 +44,11 @@ def available() -> bool:
 
 
 def kernel(kind: str, width: int, values: str, columns: str) -> Compiled | None:
-    """The kernel of ``blocks`` of `width` outputs or of ``singles``, or None, with one warning, where that fails.
+    """A kernel, or None, with one warning, where it cannot be made.
 
     Args:
+        kind: ``blocks`` of `width` outputs or ``singles``; and of `gap_hf.inference.gradients` ``block inputs``, ``block gradients`` and
+            ``single gradients``.
         values: ``f32`` or ``bf16``.
         columns: ``u16`` or ``i32``.
     """
@@ -98,16 +100,29 @@ def _llvm() -> Any:
 def _compile(kind: str, width: int, values: str, columns: str) -> Compiled:
     from llvmlite import ir
 
-    from gap_hf.inference import kernels, teams
+    from gap_hf.inference import gradients, kernels, teams
 
     llvm = _llvm()
     machine, features = _machine(llvm)
     module = ir.Module("gap_hf")
+    tokens, along = 1, "groups"  # a gradient of the weight is of all tokens
     if kind == "blocks":
-        tiles, tokens = kernels.write_blocks(module, machine, width, values, columns), machine.tile(width)
-    else:
+        tiles, tokens, along = (
+            kernels.write_blocks(module, machine, width, values, columns),
+            machine.tile(width),
+            "either",
+        )
+    elif kind == "singles":
         tiles, tokens = kernels.write_singles(module, machine, values, columns), kernels.lanes_of(machine)[0]
-    share = teams.write_share(module, tiles, tokens)
+        along = "either"
+    elif kind == "block inputs":
+        tiles, tokens = gradients.write_block_inputs(module, machine, width, columns), gradients.tokens_of(machine)
+        along = "tokens"  # all groups add to them
+    elif kind == "block gradients":
+        tiles = gradients.write_block_gradients(module, machine, width, columns)
+    else:
+        tiles = gradients.write_single_gradients(module, machine, columns)
+    share = teams.write_share(module, tiles, tokens, along)
     outside = {"share"}
     if openmp := _openmp(llvm):
         teams.write_team(module, share)
@@ -132,11 +147,14 @@ def _compile(kind: str, width: int, values: str, columns: str) -> Compiled:
     pointers, number = [ctypes.c_void_p] * 5, ctypes.c_int64
     part = ctypes.CFUNCTYPE(number, *pointers, number, number, number)
     whole = ctypes.CFUNCTYPE(number, *pointers, number, number)
-    needs_scratch = kind == "singles"
+    scratch = {
+        "singles": lambda num_out, num_in: kernels.scratch_size(machine, num_in),
+        "block inputs": lambda num_out, num_in: gradients.tokens_of(machine) * (num_out + num_in + kernels.SLICE),
+    }
     return Compiled(
         share=part(engine.get_function_address("share")),
         team=whole(engine.get_function_address("team")) if openmp else None,
-        scratch=lambda num_in: kernels.scratch_size(machine, num_in) if needs_scratch else 0,
+        scratch=scratch.get(kind, lambda num_out, num_in: 0),
         owner=engine,
     )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,27 +23,37 @@ _VALUES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _SLICE = 8  # gap_hf.inference.kernels.SLICE, which needs llvmlite
 
 
-class _Compiled:
-    """What both kernels need: addresses of the packed weight, and a call."""
+class CompiledForm:
+    """What both kernels need: addresses of the packed weight, and a call.
 
-    def __init__(self, kernel: compiled.Compiled, shape: torch.Size, dtype: torch.dtype, arrays: list[Tensor]) -> None:
-        (self.num_out, self.num_in), self.dtype, self.arrays = shape, dtype, arrays
-        groups = len(arrays[0]) - 1
-        self.scratch = kernel.scratch(self.num_in)
-        layer = [self.num_in, self.num_out, groups, self.scratch, *(array.data_ptr() for array in arrays)]
-        self.layer = torch.tensor(layer, dtype=torch.int64)
-        self.no_bias = torch.zeros(self.num_out)
+    Args:
+        shape: (N, K) of the weight.
+        values: In the order's places, of the weight's dtype; they may be overwritten with others.
+        turned: The kernel takes rows of N numbers and gives rows of K.
+    """
+
+    def __init__(
+        self, kernel: compiled.Compiled, shape: Sequence[int], order: Order, values: Tensor, *, turned: bool = False
+    ) -> None:
+        num_out, num_in = shape
+        self.takes, self.gives = (num_out, num_in) if turned else (num_in, num_out)
+        self.dtype, self.values, self.always_scratch = values.dtype, values, turned
+        arrays = [order.starts, order.columns, values] + ([] if order.lengths is None else [order.lengths])
+        self.arrays, self.scratch = arrays, kernel.scratch(num_out, num_in)
+        sizes = [num_in, num_out, len(order.starts) - 1, self.scratch]
+        self.layer = torch.tensor([*sizes, *(array.data_ptr() for array in arrays)], dtype=torch.int64)
+        self.no_bias = torch.zeros(self.gives)
         self.owner = kernel.owner
         self._share, self._team = kernel.share, kernel.team
         self._layer_address, self._no_bias_address = self.layer.data_ptr(), self.no_bias.data_ptr()
 
     def __call__(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
-        tokens = x.numel() // self.num_in
+        tokens = x.numel() // self.takes
         if self.dtype is not torch.float32:
             x, bias = x.float(), None if bias is None else bias.float()
-        y = x.new_empty((*x.shape[:-1], self.num_out))
+        y = x.new_empty((*x.shape[:-1], self.gives))
         team = None if threads == 1 or compiled.has_forked() else self._team
-        if self.scratch and tokens > 1:
+        if self.scratch and (tokens > 1 or self.always_scratch):
             scratch = torch.empty(self.scratch if team is None else threads * self.scratch)
             scratch_address = scratch.data_ptr()
         else:
@@ -58,30 +69,49 @@ class _Compiled:
 def blocks(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
     """Blocks of 8, 16 or 32 outputs by one input, compiled. None where there are none, or nothing can be compiled."""
     width = min(structure.rows, 32)
-    if width < 8 or not _is_packable(weight):
+    if width < 8 or not is_packable(weight):
         return None
-    kernel = compiled.kernel("blocks", width, _VALUES[weight.dtype], _columns(weight))
-    if kernel is None:
-        return None
-    num_out, num_in = weight.shape
-    groups = num_out // width
-    of_group = live.view(groups, width, num_in).any(dim=1)
-    group, column = of_group.nonzero(as_tuple=True)
-    values = weight.reshape(groups, width, num_in).transpose(1, 2)[group, column].contiguous()
-    return _Compiled(
-        kernel, weight.shape, weight.dtype, [_starts(of_group.sum(dim=1)), _narrow(column, weight), values]
-    )
+    kernel = compiled.kernel("blocks", width, _VALUES[weight.dtype], columns_of(weight.shape))
+    return None if kernel is None else _filled(kernel, weight, order_of_blocks(live, width))
 
 
 def singles(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
-    """Single weights, compiled. The j-th live weights of eight neighbouring outputs lie side by side, as in sliced ELL
-    (Monakov et al. 2010); an output with fewer than its neighbours is filled up with zeros.
+    """Single weights, compiled."""
+    if not is_packable(weight):
+        return None
+    kernel = compiled.kernel("singles", 1, _VALUES[weight.dtype], columns_of(weight.shape))
+    return None if kernel is None else _filled(kernel, weight, order_of_singles(live))
+
+
+class Order(NamedTuple):
+    """Where a kernel finds what it multiplies, of an (N, K) weight.
+
+    Attributes:
+        starts: (groups + 1,) int32, where each group's items start.
+        columns: The input of each item, uint16 or int32.
+        places: int64, where each value stands in the weight, row by row; -1 for one that fills up, which is 0.
+        lengths: (N,) int32, live weights of each output; None for blocks.
     """
-    if not _is_packable(weight):
-        return None
-    kernel = compiled.kernel("singles", 1, _VALUES[weight.dtype], _columns(weight))
-    if kernel is None:
-        return None
+
+    starts: Tensor
+    columns: Tensor
+    places: Tensor
+    lengths: Tensor | None = None
+
+
+def order_of_blocks(live: Tensor, width: int) -> Order:
+    """Of blocks of `width` outputs by one input, group by group."""
+    num_in, of_group = live.shape[1], live[::width]
+    group, column = of_group.nonzero(as_tuple=True)
+    outputs = torch.arange(width) * num_in
+    places = (group * width * num_in + column)[:, None] + outputs
+    return Order(_starts(of_group.sum(dim=1)), _narrow(column, live.shape), places.view(-1))
+
+
+def order_of_singles(live: Tensor) -> Order:
+    """The j-th live weights of eight neighbouring outputs lie side by side, as in sliced ELL (Monakov et al. 2010); an output
+    with fewer than its neighbours is filled up.
+    """
     lengths = live.sum(dim=1)
     padded = torch.nn.functional.pad(lengths, (0, -len(lengths) % _SLICE))
     starts = _starts(padded.view(-1, _SLICE).max(dim=1).values)
@@ -90,22 +120,27 @@ def singles(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
     rank = torch.arange(len(output)) - before[output]
     at = (starts[output // _SLICE].long() + rank) * _SLICE + output % _SLICE
     columns = torch.zeros(int(starts[-1]) * _SLICE, dtype=torch.int64)
-    values = torch.zeros(len(columns), dtype=weight.dtype)
-    columns[at], values[at] = column, weight[output, column]
-    arrays = [starts, _narrow(columns, weight), values, lengths.to(torch.int32)]
-    return _Compiled(kernel, weight.shape, weight.dtype, arrays)
+    places = torch.full_like(columns, -1)
+    columns[at], places[at] = column, output * live.shape[1] + column
+    return Order(starts, _narrow(columns, live.shape), places, lengths.to(torch.int32))
 
 
-def _is_packable(weight: Tensor) -> bool:
+def _filled(kernel: compiled.Compiled, weight: Tensor, order: Order) -> CompiledForm:
+    values = weight.reshape(-1)[order.places.clamp_min(0)].masked_fill_(order.places < 0, 0)
+    return CompiledForm(kernel, weight.shape, order, values)
+
+
+def is_packable(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in _VALUES and 0 < weight.numel() < 2**31
 
 
-def _columns(weight: Tensor) -> str:
-    return "u16" if weight.shape[1] <= 2**16 else "i32"
+def columns_of(shape: Sequence[int]) -> str:
+    """The kind of the kernel's columns for an (N, K) weight."""
+    return "u16" if shape[1] <= 2**16 else "i32"
 
 
-def _narrow(columns: Tensor, weight: Tensor) -> Tensor:
-    return columns.to(torch.int32).to(torch.uint16 if _columns(weight) == "u16" else torch.int32)
+def _narrow(columns: Tensor, shape: Sequence[int]) -> Tensor:
+    return columns.to(torch.int32).to(torch.uint16 if columns_of(shape) == "u16" else torch.int32)
 
 
 def _starts(lengths: Tensor) -> Tensor:

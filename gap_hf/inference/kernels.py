@@ -72,7 +72,7 @@ class Machine:
         return max(1, min(self.registers // 2, 16, (self.registers - each - 1) // each))
 
 
-_RANGE = {
+RANGE = {
     "layer": "i64*",
     "x": "f32*",
     "bias": "f32*",
@@ -82,7 +82,7 @@ _RANGE = {
 } | dict.fromkeys(("first_token", "last_token", "first_group", "last_group"), "int")
 
 
-def _layer(k: Kernel, values: str, columns: str) -> tuple[Value, Value, Array, Array, Array]:
+def layer_of(k: Kernel, values: str, columns: str) -> tuple[Value, Value, Array, Array, Array]:
     """K, N, where each group starts, and the column and the values of each live item."""
     fields: dict[str, Value] = dict(zip(LAYER, (k.array("layer")[i] for i in range(len(LAYER))), strict=True))
     arrays = (("starts", "i32"), ("columns", columns), ("values", values))
@@ -90,7 +90,7 @@ def _layer(k: Kernel, values: str, columns: str) -> tuple[Value, Value, Array, A
     return fields["inputs"], fields["outputs"], starts, cols, vals
 
 
-def _unrolled(
+def unrolled(
     k: Kernel, start: Value, stop: Value, chains: list[list[Variable]], add: Callable[[Value, list[Variable]], None]
 ) -> list[Value]:
     """Add up items `start` to `stop`, as many at a time as there are chains, so that no sum waits for the one before it."""
@@ -107,7 +107,7 @@ def _unrolled(
     return totals
 
 
-def _chains(number: int, start: list[Value], zero: Value) -> list[list[Variable]]:
+def chains_from(number: int, start: list[Value], zero: Value) -> list[list[Variable]]:
     """The first begins at `start`, which is the bias, the others at 0."""
     return [[Variable(value if i == 0 else zero) for value in start] for i in range(number)]
 
@@ -126,7 +126,7 @@ def write_blocks(module: ir.Module, machine: Machine, width: int, values: str, c
     while sizes[-1] > 1:
         sizes.append(4 if 4 < sizes[-1] < 8 else sizes[-1] // 2)
     tiles = [(size, _block_tile(module, machine, width, size, values, columns)) for size in sizes]
-    k = Kernel(module, "tiles", **_RANGE)
+    k = Kernel(module, "tiles", **RANGE)
     first, bad = k.arg("first_token"), k.int(0)
     for size, tile in tiles:
         last = first + (k.arg("last_token") - first) // size * size
@@ -144,16 +144,16 @@ def _given(k: Kernel, first_token: Value, last_token: Value) -> list[Value | Arr
 
 def _block_tile(module: ir.Module, machine: Machine, width: int, size: int, values: str, columns: str) -> Kernel:
     """Some tokens, `size` at a time, times some groups of outputs."""
-    k = Kernel(module, f"blocks_by_{size}", **_RANGE)
+    k = Kernel(module, f"blocks_by_{size}", **RANGE)
     x, y, bias = k.array("x"), k.array("y"), k.array("bias")
-    num_in, num_out, starts, cols, vals = _layer(k, values, columns)
+    num_in, num_out, starts, cols, vals = layer_of(k, values, columns)
     bad = Variable(k.int(0))
     with k.loop(k.arg("first_token"), k.arg("last_token"), size) as m:
         rows = [x + (m + t) * num_in for t in range(size)]
         for row in rows:
             bad.set(bad.get() + _num_bad(k, row, num_in))
         with k.loop(k.arg("first_group"), k.arg("last_group")) as g:
-            acc = _chains(machine.chains(width, size), [bias.vector(g * width, width)] * size, k.zeros(width))
+            acc = chains_from(machine.chains(width, size), [bias.vector(g * width, width)] * size, k.zeros(width))
 
             def add(j: Value, sums: list[Variable]) -> None:
                 weights, at = vals.vector(j * width, width), rows[0] + cols[j]
@@ -161,7 +161,7 @@ def _block_tile(module: ir.Module, machine: Machine, width: int, size: int, valu
                     total.set(weights * at[0].spread(width) + total.get())
                     at = at + num_in
 
-            totals = _unrolled(k, starts[g], starts[g + 1], acc, add)
+            totals = unrolled(k, starts[g], starts[g + 1], acc, add)
             for t, total in enumerate(totals):
                 y[(m + t) * num_out + g * width] = total
     k.result(bad.get())
@@ -193,7 +193,7 @@ def write_singles(module: ir.Module, machine: Machine, values: str, columns: str
     lanes = lanes_of(machine)
     tiles = [(size, _lanes_tile(module, machine, size, values, columns)) for size in lanes]
     tiles.append((1, _one_token(module, values, columns)))
-    k = Kernel(module, "tiles", **_RANGE)
+    k = Kernel(module, "tiles", **RANGE)
     first, last = k.arg("first_token"), k.arg("last_token")
     whole = first + (last - first) // lanes[0] * lanes[0]
     bad = Variable(k.call(tiles[0][1], *_given(k, first, whole)))
@@ -217,8 +217,8 @@ def scratch_size(machine: Machine, num_in: int) -> int:
 
 
 def _one_token(module: ir.Module, values: str, columns: str) -> Kernel:
-    k = Kernel(module, "singles_by_1", **_RANGE)
-    num_in, num_out, starts, cols, vals = _layer(k, values, columns)
+    k = Kernel(module, "singles_by_1", **RANGE)
+    num_in, num_out, starts, cols, vals = layer_of(k, values, columns)
     m = k.arg("first_token")
     row, out, bias = k.array("x") + m * num_in, k.array("y") + m * num_out, k.array("bias")
     last_sums = k.local(SLICE, "f32")
@@ -229,7 +229,7 @@ def _one_token(module: ir.Module, values: str, columns: str) -> Kernel:
             sums[0].set(vals.vector(at, SLICE) * row.at(cols, at, SLICE) + sums[0].get())
 
         zero = k.zeros(SLICE)
-        (total,) = _unrolled(k, starts[s], starts[s + 1], _chains(2, [zero], zero), add)
+        (total,) = unrolled(k, starts[s], starts[s + 1], chains_from(2, [zero], zero), add)
         n, left = s * SLICE, num_out - s * SLICE
         with k.when(k.int(SLICE - 1) < left):
             out[n] = total + bias.vector(n, SLICE)
@@ -243,16 +243,16 @@ def _one_token(module: ir.Module, values: str, columns: str) -> Kernel:
 
 def _lanes_tile(module: ir.Module, machine: Machine, size: int, values: str, columns: str) -> Kernel:
     """Some tokens, `size` at a time, of which the last tile may have fewer, times some outputs."""
-    k = Kernel(module, f"singles_by_{size}", **_RANGE)
+    k = Kernel(module, f"singles_by_{size}", **RANGE)
     x, y, bias, tile = k.array("x"), k.array("y"), k.array("bias"), k.array("scratch")
-    num_in, num_out, starts, cols, vals = _layer(k, values, columns)
+    num_in, num_out, starts, cols, vals = layer_of(k, values, columns)
     last_token, lengths = k.arg("last_token"), k.array_at(k.array("layer")[LAYER.index("lengths")], "i32")
     sums_of_eight = tile + num_in * size
     bad = Variable(k.int(0))
     with k.loop(k.arg("first_token"), last_token, size) as m:
         with k.loop(0, k.int(size), SLICE) as t:  # spare lanes repeat the last token
             rows = [x + (m + t + i).at_most(last_token - 1) * num_in for i in range(SLICE)]
-            bad.set(bad.get() + _transpose_in(k, rows, num_in, tile + t, size))
+            bad.set(bad.get() + transpose_in(k, rows, num_in, tile + t, size))
         with k.loop(k.arg("first_group"), k.arg("last_group")) as s:
             n = s * SLICE
             num_here = (num_out - n).at_most(SLICE)
@@ -263,15 +263,15 @@ def _lanes_tile(module: ir.Module, machine: Machine, size: int, values: str, col
                     at = first + j * SLICE
                     sums[0].set(vals[at].spread(size) * tile.vector(cols[at] * size, size) + sums[0].get())
 
-                chains = _chains(machine.chains(size, 1), [bias[n + o].spread(size)], k.zeros(size))
-                (sums_of_eight[o * size],) = _unrolled(k, k.int(0), lengths[n + o], chains, add)
+                chains = chains_from(machine.chains(size, 1), [bias[n + o].spread(size)], k.zeros(size))
+                (sums_of_eight[o * size],) = unrolled(k, k.int(0), lengths[n + o], chains, add)
             with k.loop(0, k.int(size), SLICE) as t:
-                _transpose_out(k, sums_of_eight + t, size, y + n, num_out, num_here, m + t, last_token)
+                transpose_out(k, sums_of_eight + t, size, y + n, num_out, num_here, m + t, last_token)
     k.result(bad.get())
     return k
 
 
-def _transpose_in(k: Kernel, rows: list[Array], length: Value, tile: Array, size: int) -> Value:
+def transpose_in(k: Kernel, rows: list[Array], length: Value, tile: Array, size: int) -> Value:
     """Eight rows of `x` become eight columns of the tile. Returns 1 if one of them holds NaN or an infinity, else 0."""
     seen = Variable(k.zeros(SLICE))
     whole = length // SLICE * SLICE
@@ -289,7 +289,7 @@ def _transpose_in(k: Kernel, rows: list[Array], length: Value, tile: Array, size
     return rest.get().is_nan()
 
 
-def _transpose_out(
+def transpose_out(
     k: Kernel, sums: Array, size: int, y: Array, num_out: Value, count: Value, m: Value, last_token: Value
 ) -> None:
     """Sums of eight tokens, a row for each of `count` outputs, eight at most, go to the rows of `y`."""

@@ -10,14 +10,19 @@ from gap_hf.inference.kernels import LAYER
 _CALL = {"layer": "i64*", "x": "f32*", "bias": "f32*", "y": "f32*", "scratch": "f32*", "tokens": "int"}
 
 
-def write_share(module: ir.Module, tiles: Kernel, tokens_of_tile: int) -> Kernel:
-    """The part of thread `index` of `count`: some of the tokens where there are enough for all, else some of the groups."""
+def write_share(module: ir.Module, tiles: Kernel, tokens_of_tile: int, along: str) -> Kernel:
+    """The part of thread `index` of `count`.
+
+    Args:
+        along: What is shared out: ``tokens`` or ``groups``, or ``either``: tokens where there are enough for all, else groups.
+    """
     k = Kernel(module, "share", **_CALL, index="int", count="int")
     layer, tokens, index, count = k.array("layer"), k.arg("tokens"), k.arg("index"), k.arg("count")
     groups = layer[LAYER.index("groups")]
     first_token, last_token = Variable(k.int(0)), Variable(tokens)
     first_group, last_group = Variable(groups * index // count), Variable(groups * (index + 1) // count)
-    with k.when(count * tokens_of_tile < tokens + 1):
+    least = {"tokens": k.int(0), "groups": tokens + 1, "either": count * tokens_of_tile}[along]
+    with k.when(least < tokens + 1):
         num_tiles = (tokens + (tokens_of_tile - 1)) // tokens_of_tile
         first_token.set(num_tiles * index // count * tokens_of_tile)
         last_token.set((num_tiles * (index + 1) // count * tokens_of_tile).at_most(tokens))
