@@ -38,6 +38,7 @@ from gap_hf.bench.timing import ratio
 from gap_hf.live_state import LiveState
 from gap_hf.memory import MemoryForecast, batch_of
 from gap_hf.optimizer_state import unwrap
+from gap_hf.pattern_names import parse_pattern
 from gap_hf.planning import summarize
 
 ROOT = Path(__file__).parents[1]
@@ -185,7 +186,8 @@ def allocated_by(way: str, size: dict[str, int], sparsity: float) -> dict[str, i
         )
     if config is None:
         return {"measured": measured, "foreseen": forecast.peak_bytes({})}
-    peak_bytes = partial(forecast.peak_bytes, live_state=config.live_state)
+    rows = parse_pattern(config.pattern).rows if config.sparse_compute else 0
+    peak_bytes = partial(forecast.peak_bytes, live_state=config.live_state, compute_rows=rows)
     phases = summarize(model, config, total_steps=STEPS, seed=42, peak_bytes=peak_bytes)["phases"]
     return {"measured": measured, "foreseen": max(phase["peak_bytes"] for phase in phases[:2])}
 

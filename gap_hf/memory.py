@@ -23,6 +23,8 @@ from gap_hf.errors import GaPError
 from gap_hf.live_state import _LINE, LiveState, _Places
 from gap_hf.masks import Masks
 from gap_hf.packed_gradients import PackedGradients
+from gap_hf.sparse_layers import layers_of
+from gap_hf.sparse_products import is_worth_it, kept_bytes
 from gap_hf.targets import clean_name
 
 
@@ -61,12 +63,13 @@ class MemoryForecast:
             _freeze(self._model)
         self._params = {clean_name(n): p for n, p in self._model.named_parameters() if p.requires_grad}
 
-    def peak_bytes(self, live: Mapping[str, int], *, live_state: bool = False) -> int:
+    def peak_bytes(self, live: Mapping[str, int], *, live_state: bool = False, compute_rows: int = 0) -> int:
         """Most bytes that tensors take at a time in a step, weights and state included.
 
         Args:
             live: Live weights of each tensor that has a mask, by name. None has: plain Trainer.
             live_state: With `GaPConfig.live_state`.
+            compute_rows: With `GaPConfig.sparse_compute`: outputs of a block of the pattern, 1 for single weights.
         """
         with ExitStack() as stack:
             stack.enter_context(self._mode)
@@ -82,6 +85,7 @@ class MemoryForecast:
             self._first_step(optimizer)
             kept = [*_state_tensors(optimizer), *(mask for _, mask in masks.sparse_params())]
             kept += [] if state is None else [places._steps for places in state._places.values()]
+            kept += [torch.empty(size, dtype=torch.uint8) for size in self._computed(live, compute_rows)]
             tracker = MemTracker()
             tracker.track_external(self._model, *kept, *(v for v in self._batch.values() if isinstance(v, Tensor)))
             with tracker:
@@ -90,6 +94,13 @@ class MemoryForecast:
             for param in self._params.values():
                 param.grad = None
         return sum(int(of_device["Total"]) for of_device in peak.values())
+
+    def _computed(self, live: Mapping[str, int], rows: int) -> Iterator[int]:
+        """Bytes that sparse products keep of each weight."""
+        params = {clean_name(name): param for name, param in self._model.named_parameters()}
+        for name in layers_of(self._model, {param: name for name, param in params.items()}).values() if rows else ():
+            if name in live and is_worth_it(live[name], params[name].numel(), rows):
+                yield kept_bytes(live[name], rows)
 
     def _first_step(self, optimizer: Optimizer) -> None:
         """After it the optimizer has its state."""

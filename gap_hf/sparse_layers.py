@@ -15,7 +15,7 @@ weights are 0, but in a step that chooses by them what grows; there they are who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from gap_hf.errors import GaPError
 from gap_hf.inference import compiled
 from gap_hf.sparse_products import MIN_TOKENS, MIN_WEIGHTS, NotCompiled, Products, is_worth_it
 
@@ -37,6 +38,9 @@ def sparse_compute(sparsifier: Sparsifier) -> Iterator[None]:
 
     Args:
         sparsifier: Its model is on a CPU and in fp32; what is not stays dense.
+
+    Raises:
+        GaPError: if a weight is sharded.
     """
     install(sparsifier)
     try:
@@ -50,28 +54,36 @@ def install(sparsifier: Sparsifier) -> list[str]:
 
     Returns:
         Names of the weights that may be computed with sparsely.
+
+    Raises:
+        GaPError: if a weight is sharded.
     """
+    for name, part in sparsifier.masks.parts.items():
+        if part.peers.num_ranks > 1:
+            raise GaPError(
+                f"gap.sparse_compute: '{name}' is sharded, expected whole weights; set sparse_compute: false"
+            )
     remove(sparsifier.model)
     if not compiled.available():  # which says so
         return []
-    name_of = {param: name for name, param in sparsifier.masks.params.items()}
-    names = []
-    for module in sparsifier.model.modules():
+    found = layers_of(sparsifier.model, {param: name for name, param in sparsifier.masks.params.items()})
+    for module, name in found.items():
+        cast(Any, module).__class__ = _SPARSE[type(module)]
+        module.gap_sparse = cast(Any, _Computed(sparsifier, name))
+    return list(found.values())
+
+
+def layers_of(model: nn.Module, names: Mapping[nn.Parameter, str]) -> dict[nn.Module, str]:
+    """The layers that may compute sparsely, with the names of their weights."""
+    found = {}
+    for module in model.modules():
         # Somebody, such as accelerate's hooks, has replaced the forward of this one module; or a subclass has.
         if type(module) not in _SPARSE or "forward" in vars(module):
             continue
         weight = module._parameters.get("weight")
-        if (
-            weight is None
-            or weight not in name_of
-            or type(weight.data) is not Tensor
-            or not MIN_WEIGHTS <= weight.numel() < 2**31
-        ):
-            continue
-        cast(Any, module).__class__ = _SPARSE[type(module)]
-        module.gap_sparse = cast(Any, _Computed(sparsifier, name_of[weight]))
-        names.append(name_of[weight])
-    return names
+        if weight is not None and weight in names and MIN_WEIGHTS <= weight.numel() < 2**31:
+            found[module] = names[weight]
+    return found
 
 
 def remove(model: nn.Module | None) -> None:
@@ -101,10 +113,10 @@ class _Computed:
         """None where dense is faster, or there is no mask."""
         if (mask := self.sparsifier.masks[self.name]) is not self._mask:
             self._mask, self._products = mask, None
-            if mask is not None and weight.is_contiguous():
-                matrix = layer.matrix(mask)
-                if is_worth_it(matrix):
-                    self._products = _made(matrix)
+            # How live weights lie is looked at only where blocks, which gain the soonest, would gain.
+            num_live = 0 if mask is None else int(torch.count_nonzero(mask))
+            if mask is not None and is_worth_it(num_live, mask.numel(), rows=8) and weight.is_contiguous():
+                self._products = _made(layer.matrix(mask))
         return self._products
 
     @property
@@ -114,9 +126,10 @@ class _Computed:
 
 def _made(mask: Tensor) -> Products | None:
     try:
-        return Products(mask)
+        products = Products(mask)
     except NotCompiled:
         return None
+    return products if products.any_sparse else None
 
 
 def _is_allowed(x: Tensor, weight: Tensor) -> bool:

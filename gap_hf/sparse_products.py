@@ -20,13 +20,20 @@ PAD = 32  # gap_hf.inference.gradients.PAD, which needs llvmlite
 MIN_TOKENS = 32
 MIN_WEIGHTS = 2**14
 # Up to which share of live weights a product is faster than dense, of blocks and of single weights: docs/lab-notebook.md.
-_OUTPUT, _INPUT, _WEIGHT = (0.5, 0.25), (0.5, 0.25), (0.4, 0.15)
+_OUTPUT, _INPUT, _WEIGHT = (0.4, 0.25), (0.4, 0.22), (0.4, 0.15)
 
 
-def is_worth_it(mask: Tensor) -> bool:
-    """Whether any product of a matrix with this mask, (N, K) and not 0 where live, may be faster than dense."""
-    num_live = int(torch.count_nonzero(mask))
-    return 0 < num_live <= max(*_OUTPUT, *_INPUT, *_WEIGHT) * mask.numel()
+def is_worth_it(num_live: int, numel: int, rows: int) -> bool:
+    """Whether any product of a matrix with so many live weights, in blocks of `rows` outputs, may be faster than dense."""
+    return 0 < num_live <= max(limits[rows < 8] for limits in (_OUTPUT, _INPUT, _WEIGHT)) * numel
+
+
+def kept_bytes(num_live: int, rows: int) -> int:
+    """About what `Products` keep of a weight with so many live entries, in blocks of `rows` outputs by one input.
+
+    A value and its place, 4 bytes each, and the input of each block; of single weights twice, for both directions.
+    """
+    return num_live * 8 + num_live // rows * 2 if rows >= 8 else 2 * num_live * 10
 
 
 class Products:
@@ -46,7 +53,7 @@ class Products:
         self.num_out, self.num_in = mask.shape
         structure = structure_of(live)
         self.width = min(structure.rows, 32) if structure.rows >= 8 else 1
-        output, input_, weight = (limits[self.width == 1] for limits in (_OUTPUT, _INPUT, _WEIGHT))
+        output, input_, weight = (limits[self.width < 8] for limits in (_OUTPUT, _INPUT, _WEIGHT))
         self._output = self._input = self._weight = None
         if structure.density > output:
             return
@@ -65,6 +72,16 @@ class Products:
         if structure.density <= weight:
             kind = "block gradients" if self.width > 1 else "single gradients"
             self._weight = _kernel(kind, self.width, live.shape)
+            # gap_hf.inference.gradients.PLACED_LAYER, of which the values and the scratch are not used
+            arrays = [order.starts, order.columns, order.lengths]
+            starts, columns, lengths = (0 if array is None else array.data_ptr() for array in arrays)
+            sizes = [self.num_in, self.num_out, len(order.starts) - 1]
+            self._placed = torch.tensor([*sizes, 0, starts, columns, 0, lengths, *strides], dtype=torch.int64)
+
+    @property
+    def any_sparse(self) -> bool:
+        """Whether any product skips masked weights; the output does wherever another one does."""
+        return self._output is not None
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """(…, K) to (…, N); None where dense has to: `x` holds NaN or an infinity, or dense is faster."""
@@ -76,9 +93,9 @@ class Products:
 
     def weight_gradient(self, gy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
         """Of (M, N) and (M, K), in the weight's shape, 0 where it is masked; None where dense has to."""
-        if self._weight is None or self._output is None:
+        if self._weight is None:
             return None
-        form, places, tokens = self._output.form, self._output.values.places, len(x)
+        tokens = len(x)
         padded = -(-tokens // PAD) * PAD
         inputs = _transposed(x, padded)
         if self.width > 1:
@@ -87,16 +104,15 @@ class Products:
             outputs[:, :tokens] = grouped.transpose(0, 1)
         else:
             outputs = _transposed(gy, padded)
-        values = torch.zeros_like(form.values)
+        gradient = torch.zeros_like(weight)
         threads = torch.get_num_threads()
         team = None if threads == 1 or compiled.has_forked() else self._weight.team
-        call = (form.layer.data_ptr(), inputs.data_ptr(), outputs.data_ptr(), values.data_ptr(), None, padded)
+        tensors = (self._placed, inputs, outputs, gradient)
+        call = (*(t.data_ptr() for t in tensors), None, padded)
         if team is None:
             self._weight.share(*call, 0, 1)
         else:
             team(*call, threads)
-        gradient = torch.zeros_like(weight)
-        gradient.view(-1).index_copy_(0, places.long(), values)
         return gradient
 
     def num_bytes(self) -> int:

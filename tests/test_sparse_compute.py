@@ -138,6 +138,28 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("lanes", "registers"), [(16, 32), (4, 16), (4, 32)], ids=["avx512", "sse", "neon"])
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_kernels_that_are_written_for_other_registers(
+    rows: int, lanes: int, registers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLVM cuts their vectors to what this CPU has; what they compute has to be the same."""
+    kernels = pytest.importorskip("gap_hf.inference.kernels", reason="needs llvmlite")
+    features = compiled._machine(compiled._llvm())[1]
+    monkeypatch.setattr(compiled, "_machine", lambda llvm: (kernels.Machine(lanes, registers), features))
+    compiled._compile.cache_clear()
+    try:
+        mask = random_mask(48, 41, rows, 0.14)
+        x, gy, weight = torch.randn(75, 41), torch.randn(75, 48), torch.randn(48, 41) * mask
+        products = Products(mask)
+        found = products.output(x, weight, None), products.input_gradient(gy, weight)
+        torch.testing.assert_close(found, (x @ weight.t(), gy @ weight), rtol=1e-4, atol=1e-4)
+        of_weight = products.weight_gradient(gy, x, weight)
+        torch.testing.assert_close(of_weight, (gy.t() @ x) * mask, rtol=1e-4, atol=1e-4)
+    finally:
+        compiled._compile.cache_clear()
+
+
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 

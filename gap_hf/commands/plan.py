@@ -32,6 +32,7 @@ from transformers import (
 
 from gap_hf.config import load_yaml
 from gap_hf.errors import GaPError, did_you_mean, first_line
+from gap_hf.pattern_names import parse_pattern
 from gap_hf.planning import format_summary, summarize
 from gap_hf.recipe import OVERWRITE, load_recipe, one_line
 
@@ -132,13 +133,15 @@ def _memory(recipe: Any, tokens: int) -> Callable[[Mapping[str, int]], int]:
             clips=training.get("max_grad_norm", 1.0) > 0,
             checkpointing=training.get("gradient_checkpointing", False),
         )
+        rows = parse_pattern(recipe.gap.pattern).rows if recipe.gap.sparse_compute else 0
+        options: Any = {"live_state": recipe.gap.live_state, "compute_rows": rows}
         bar = tqdm(desc="forecasts", unit="", disable=None)
 
         dense = forecast.peak_bytes({})  # what cannot be foreseen is refused here
 
         def peak_bytes(live: Mapping[str, int]) -> int:
             bar.update()
-            return forecast.peak_bytes(live, live_state=recipe.gap.live_state) if live else dense
+            return forecast.peak_bytes(live, **options) if live else dense
     except GaPError:
         raise
     except Exception as error:  # a stranger's model or optimizer that needs numbers

@@ -2,7 +2,8 @@
 
 The gradient of the **weight** is made at its live entries alone: ``gradient[n, k] = sum over m of gy[m, n] * x[m, k]``. `x` comes
 transposed, (K, M), so that all tokens of an input lie side by side, and M is a multiple of `PAD`: what fills it up is 0.
-Every sum is over the tokens in their order, so a gradient does not depend on the number of threads.
+Every sum is over the tokens in their order, so a gradient does not depend on the number of threads. It is written to its
+place in a dense gradient, which lies by rows or by columns; at masked weights that is not touched.
 
 **Blocks**: `gy` comes as (N / width, M, width). A few blocks of one group at a time, so that the outputs' gradients are read
 once for all of them::
@@ -10,14 +11,14 @@ once for all of them::
     for g in groups of `width` outputs:
         for a few blocks j of g:
             acc[j] += gy[g, m] * x[columns[j], m]             for each token m, acc in registers
-            gradient[j] = acc[j]
+            gradient[g, columns[j]] = acc[j]
 
 **Single weights**: `gy` comes as (N, M). Tokens lie on the lanes, and are added up at the end::
 
     for n in outputs:
         for a few live weights j of n:
             acc[j] += gy[n, m : m + lanes] * x[columns[j], m : m + lanes]
-            gradient[j] = sum(acc[j])
+            gradient[n, columns[j]] = sum(acc[j])
 
 The gradient of the **input** of blocks, ``gx = gy @ weight``, takes the weight as it lies for the output. Tokens lie on the
 lanes, tiles of `gy` and of `gx` are transposed, and what a few blocks of a group add to `gx` is held in registers::
@@ -53,15 +54,24 @@ from gap_hf.inference.kernels import (
 )
 
 PAD = 32  # tokens
+# What a layer is for a gradient of its weight: how far apart neighbours of a column and of a row lie in it.
+PLACED_LAYER = (*LAYER, "row_stride", "column_stride")
+
+
+def _placed(k: Kernel, output: Value, column: Value) -> Array:
+    """The place of one entry in the dense gradient."""
+    row_stride, column_stride = (k.array("layer")[PLACED_LAYER.index(n)] for n in ("row_stride", "column_stride"))
+    return k.array("y") + (output * row_stride + column * column_stride)
 
 
 def write_block_gradients(module: ir.Module, machine: Machine, width: int, columns: str) -> Kernel:
-    """Arguments as of the products, with gradients for `bias` and `y`'s place for the result, (blocks, width)."""
+    """Arguments as of the products: `bias` are the gradients of the output, `y` that of the weight, `layer` is `PLACED_LAYER`."""
     k = Kernel(module, "tiles", **RANGE)
-    x, gy, out, tokens = k.array("x"), k.array("bias"), k.array("y"), k.arg("tokens")
+    x, gy, tokens = k.array("x"), k.array("bias"), k.arg("tokens")
+    row_stride = k.array("layer")[PLACED_LAYER.index("row_stride")]
     _, _, starts, cols, _ = layer_of(k, "f32", columns)
 
-    def some_blocks(first: Value, size: int, of_group: Array) -> None:
+    def some_blocks(first: Value, size: int, output: Value, of_group: Array) -> None:
         rows = [x + cols[first + i] * tokens for i in range(size)]
 
         def add(m: Value, sums: list[Variable]) -> None:
@@ -71,26 +81,31 @@ def write_block_gradients(module: ir.Module, machine: Machine, width: int, colum
 
         chains = chains_from(machine.chains(width, size), [k.zeros(width)] * size, k.zeros(width))
         for i, total in enumerate(unrolled(k, k.int(0), tokens, chains, add)):
-            out[(first + i) * width] = total
+            place = _placed(k, output, cols[first + i])
+            for n in range(width):
+                place[row_stride * n] = total.place(n)
 
     with k.loop(k.arg("first_group"), k.arg("last_group")) as g:
         of_group = gy + g * tokens * width
-        _in_sizes(k, starts[g], starts[g + 1], machine.tile(width), lambda first, n: some_blocks(first, n, of_group))
+        output = g * width
+        _in_sizes(
+            k, starts[g], starts[g + 1], machine.tile(width), lambda first, n: some_blocks(first, n, output, of_group)
+        )
     k.result(k.int(0))
     return k
 
 
 def write_single_gradients(module: ir.Module, machine: Machine, columns: str) -> Kernel:
-    """As of blocks; the result lies as the values of `singles` do, in slices of eight outputs."""
+    """As of blocks."""
     k = Kernel(module, "tiles", **RANGE)
-    x, gy, out, tokens = k.array("x"), k.array("bias"), k.array("y"), k.arg("tokens")
+    x, gy, tokens = k.array("x"), k.array("bias"), k.arg("tokens")
     _, num_out, starts, cols, _ = layer_of(k, "f32", columns)
     lengths = k.array_at(k.array("layer")[LAYER.index("lengths")], "i32")
     lanes = 2 * machine.lanes
 
-    def some_weights(first: Value, size: int, at: Value, row_of_output: Array) -> None:
-        places = [at + (first + i) * SLICE for i in range(size)]
-        rows = [x + cols[place] * tokens for place in places]
+    def some_weights(first: Value, size: int, at: Value, output: Value) -> None:
+        columns_ = [cols[at + (first + i) * SLICE] for i in range(size)]
+        rows, row_of_output = [x + column * tokens for column in columns_], gy + output * tokens
         chains = chains_from(machine.chains(lanes, size), [k.zeros(lanes)] * size, k.zeros(lanes))
 
         def add(i: Value, sums: list[Variable]) -> None:
@@ -99,14 +114,13 @@ def write_single_gradients(module: ir.Module, machine: Machine, columns: str) ->
             for row, total in zip(rows, sums, strict=True):
                 total.set(outputs * row.vector(m, lanes) + total.get())
 
-        for place, total in zip(places, unrolled(k, k.int(0), tokens // lanes, chains, add), strict=True):
-            out[place] = total.sum()
+        for column, total in zip(columns_, unrolled(k, k.int(0), tokens // lanes, chains, add), strict=True):
+            _placed(k, output, column)[0] = total.sum()
 
     def some_outputs(s: Value) -> None:
         with k.loop(0, (num_out - s * SLICE).at_most(SLICE)) as o:
             n, at = s * SLICE + o, starts[s] * SLICE + o
-            row = gy + n * tokens
-            _in_sizes(k, k.int(0), lengths[n], 4, lambda first, size: some_weights(first, size, at, row))
+            _in_sizes(k, k.int(0), lengths[n], 4, lambda first, size: some_weights(first, size, at, n))
 
     with k.loop(k.arg("first_group"), k.arg("last_group")) as s:
         some_outputs(s)
