@@ -105,6 +105,8 @@ class GaPConfig:
         prune_if_stopped: If training is stopped before the fine-tune, prune to the target before it returns.
         live_state: Keep the optimizer's state of live weights only, and gradients where nothing needs them whole
             (`gap_hf.live_state`, `gap_hf.packed_gradients`).
+        master_weights: With `live_state`: update weights that are bf16 or fp16 in fp32 copies, kept of live entries only
+            (`gap_hf.master_weights`).
         sparse_compute: Compute outputs and gradients of sparse layers without their masked weights, on a CPU in fp32: in
             GaPTrainer, and in a loop of your own under ``with sparse_compute(sparsifier)`` (`gap_hf.sparse_layers`).
         live_gradients: Under DDP send only the gradients of live weights. None: with more than one process, if the
@@ -142,6 +144,7 @@ class GaPConfig:
     best_model_at_target: bool = True
     prune_if_stopped: bool = False
     live_state: bool = False
+    master_weights: bool = False
     sparse_compute: bool = False
     live_gradients: bool | None = None
     seed: int | None = None
@@ -149,7 +152,7 @@ class GaPConfig:
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
             check_choice(name, getattr(self, name), valid)
-        for name in ("best_model_at_target", "prune_if_stopped", "live_state", "sparse_compute"):
+        for name in ("best_model_at_target", "prune_if_stopped", "live_state", "master_weights", "sparse_compute"):
             if not isinstance(getattr(self, name), bool):
                 raise GaPError(f"gap.{name}: found {getattr(self, name)!r}, expected true or false")
         if not (self.live_gradients is None or isinstance(self.live_gradients, bool)):
@@ -191,6 +194,8 @@ class GaPConfig:
         if self.live_state and (self.method == "parallel" or self.optimizer_reset == "none"):
             key = "method" if self.method == "parallel" else "optimizer_reset"
             raise GaPError(f"gap.live_state: cannot go with {key}: {getattr(self, key)}, found true; expected false")
+        if self.master_weights and not self.live_state:
+            raise GaPError("gap.master_weights: needs live_state: true, found false")
         if self.sparse_compute and self.workers == "sequential":
             raise GaPError(
                 "gap.sparse_compute: cannot go with workers: sequential, whose masks change with every turn; expected false"

@@ -23,45 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gap_hf.config import GaPConfig
-from gap_hf.errors import GaPError, first_line
+from gap_hf.elementwise import check_elementwise
+from gap_hf.errors import GaPError
 from gap_hf.masks import Masks
 from gap_hf.optimizer_state import OwnState, clear_grown, clear_pruned, reset_all, unwrap
 
 if TYPE_CHECKING:
     from gap_hf.packed_gradients import PackedGradients
 
-_KNOWN = {
-    getattr(torch.optim, name)
-    for name in ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "SGD", "ASGD"]
-}
-# Optimizers that work on the weights outside their step, where these have their own shape again.
-_SCHEDULE_FREE_KEYS = {"train_mode", "weight_sum", "lr_max"}
-_PREFIX = "live_"
-_PROBE_STEPS = 3
+PREFIX = "live_"
 _LINE = 64  # entries: a cache line of bytes and a multiple of one in any wider dtype
 # By weak references on both sides: the hooks keep a LiveState as long as its optimizer, and no longer.
 _attached: WeakKeyDictionary[Optimizer, ref[LiveState]] = WeakKeyDictionary()
-
-
-def own_state(optimizer: Any, config: GaPConfig, masks: Masks) -> Any:
-    """What a sparsifier has to tell of its masks: the optimizer, or the `LiveState` on it if the config wants one.
-
-    Raises:
-        GaPError: if the optimizer does not update each weight by itself, or a weight is sharded.
-    """
-    if optimizer is None or isinstance(optimizer, OwnState):
-        return optimizer
-    release(optimizer)
-    return LiveState(optimizer, masks) if config.live_state else optimizer
-
-
-def follow_load(optimizer: Any, masks: Masks) -> None:
-    """After masks were loaded, and state before them: bring it into the form that is kept here."""
-    if isinstance(optimizer, OwnState):
-        optimizer.sync()
-    elif optimizer is not None and any(k.startswith(_PREFIX) for v in unwrap(optimizer).state.values() for k in v):
-        LiveState(optimizer, masks).detach()
 
 
 def release(optimizer: Any) -> None:
@@ -141,27 +114,37 @@ class LiveState(OwnState):
         self.sync()
         for group in optimizer.param_groups:
             for i, param in enumerate(group["params"]):
-                if (places := self._places.get(param)) is None:
+                if (found := self._stand_in(param)) is None:
                     continue
-                packed = None if self.gradients is None else self.gradients.take(param)
-                if packed is None and param.grad is None:
-                    continue
-                at = places.positions()
-                live = nn.Parameter(places.take(param, at))
-                live.grad = packed
-                if param.grad is not None:
-                    whole = places.take(param.grad, at)
-                    live.grad = whole if packed is None else packed.add_(whole)
-                self._swapped.append(_Swap(group["params"], i, param, live, at))
-                group["params"][i] = live
+                self._swapped.append(_Swap(group["params"], i, param, *found))
+                group["params"][i] = found[0]
                 if param in optimizer.state:
-                    optimizer.state[live] = optimizer.state.pop(param)
+                    optimizer.state[found[0]] = optimizer.state.pop(param)
+
+    def _stand_in(self, param: nn.Parameter) -> tuple[nn.Parameter, Tensor | None] | None:
+        """What the optimizer is to see of a weight, and the places of its entries; None if the weight itself."""
+        if (places := self._places.get(param)) is None:
+            return None
+        packed = None if self.gradients is None else self.gradients.take(param)
+        if packed is None and param.grad is None:
+            return None
+        at = places.positions()
+        live = nn.Parameter(places.take(param, at))
+        live.grad = packed
+        if param.grad is not None:
+            whole = places.take(param.grad, at)
+            live.grad = whole if packed is None else packed.add_(whole)
+        return live, at
 
     @torch.no_grad()
     def _scatter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for swap in self._swapped:
-            _put(swap.param, swap.at, swap.live)
+            self._write(swap)
         self._restore()
+
+    def _write(self, swap: _Swap) -> None:
+        assert swap.at is not None
+        put(swap.param, swap.at, swap.live)
 
     def _restore(self) -> None:
         """Put the weights back into their groups; if a step raised, in the next."""
@@ -177,8 +160,8 @@ class LiveState(OwnState):
         params = [param for group in optimizer.param_groups for param in group["params"]]
         for i, state in saved["state"].items():
             if params[i] in self._places:
-                packed = {key for key, _ in _tensors(state)}
-                saved["state"][i] = {_PREFIX * (key in packed) + key: value for key, value in state.items()}
+                packed = {key for key, _ in tensors_of(state)}
+                saved["state"][i] = {PREFIX * (key in packed) + key: value for key, value in state.items()}
         return saved
 
     # --- when masks change -------------------------------------------------------------------------------------------
@@ -214,9 +197,9 @@ class LiveState(OwnState):
     def _pack(self, param: nn.Parameter, mask: Tensor) -> None:
         places = self._places[param] = _Places(param, mask)
         state = self.optimizer.state.get(param, {})
-        for key in [key for key in state if key.startswith(_PREFIX)]:
-            state[key.removeprefix(_PREFIX)] = state.pop(key)
-        for key, value in _tensors(state):
+        for key in [key for key in state if key.startswith(PREFIX)]:
+            state[key.removeprefix(PREFIX)] = state.pop(key)
+        for key, value in tensors_of(state):
             if value.shape == param.shape:
                 state[key] = places.take(value, places.positions())
             elif value.shape != (places.length,):
@@ -230,10 +213,10 @@ class LiveState(OwnState):
         if (places := self._places.pop(param, None)) is None:
             return
         state = self.optimizer.state.get(param, {})
-        for key, value in _tensors(state):
+        for key, value in tensors_of(state):
             if value.shape == (places.length,):
                 state[key] = torch.zeros_like(param, dtype=value.dtype)
-                _put(state[key], places.positions(), value)
+                put(state[key], places.positions(), value)
 
 
 class _Swap(NamedTuple):
@@ -243,7 +226,7 @@ class _Swap(NamedTuple):
     i: int
     param: nn.Parameter
     live: nn.Parameter
-    at: Tensor
+    at: Tensor | None
 
 
 class _Places:
@@ -289,7 +272,7 @@ class _Places:
         return out
 
 
-def _put(tensor: Tensor, at: Tensor, live: Tensor) -> None:
+def put(tensor: Tensor, at: Tensor, live: Tensor) -> None:
     """Write live entries to their places; a tensor that was made like the weight has its layout."""
     _flat(tensor).index_copy_(0, at, live.detach()[: at.numel()])
 
@@ -299,46 +282,6 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """What is kept entry by entry; counts are scalars."""
     return ((k, v) for k, v in list(state.items()) if isinstance(v, Tensor) and v.ndim > 0)
-
-
-def check_elementwise(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose update of a weight depends on others, by a trial of its class if torch's own are unlike it.
-
-    Raises:
-        GaPError: if the trial does not give the weights of masked dense training, or cannot be made.
-    """
-    if type(optimizer) in _KNOWN:
-        return
-    if any(_SCHEDULE_FREE_KEYS & group.keys() for group in optimizer.param_groups):
-        why = "moves weights outside its step"
-    else:
-        try:
-            why = None if _trial(optimizer) else "does not update each weight by itself"
-        except Exception as error:  # whatever a stranger's constructor raises
-            why = f"could not be tried ({first_line(error)})"
-    if why is not None:
-        raise GaPError(
-            f"gap.live_state: {type(optimizer).__name__} {why}; expected one such as adamw_torch_fused or sgd, or "
-            "live_state: false"
-        )
-
-
-def _trial(optimizer: Optimizer) -> bool:
-    """A few steps of a new optimizer of this class: of a masked matrix, and of the vector of its live entries."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(6, 8, generator=generator) < 0.4
-    weight = torch.randn(6, 8, generator=generator) * mask
-    dense, live = nn.Parameter(weight.clone()), nn.Parameter(weight[mask])
-    kind: Any = type(optimizer)
-    both = kind([dense], **optimizer.defaults), kind([live], **optimizer.defaults)
-    for _ in range(_PROBE_STEPS):
-        gradient = torch.randn(6, 8, generator=generator) * mask
-        dense.grad, live.grad = gradient, gradient[mask]
-        for one in both:
-            one.step()
-        with torch.no_grad():
-            dense.mul_(mask)
-    return torch.allclose(dense.detach()[mask], live.detach(), rtol=1e-6, atol=1e-7)

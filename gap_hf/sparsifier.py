@@ -24,7 +24,7 @@ from gap_hf.allocation import make_groups
 from gap_hf.change import Change, Tally
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
-from gap_hf.live_state import follow_load, own_state
+from gap_hf.kept_state import follow_load, own_state
 from gap_hf.masks import Masks
 from gap_hf.phases import PARALLEL, Update
 from gap_hf.plan import Plan, make_plan

@@ -24,9 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import CONFIG as TOY_CONFIG
 from toys import Tokens, causal_lm, gap_trainer
 
+from gap_hf import sparse_layers
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.reduction import PACK_BELOW, GradientReducer, reduce_live_gradients
+from gap_hf.sparse_products import Products
 from gap_hf.sparsifier import Sparsifier
 
 CONFIG = GaPConfig(
@@ -358,6 +360,22 @@ def trainer_rigl(folder: Path) -> dict[str, Any]:
 def trainer_live_state(folder: Path) -> dict[str, Any]:
     """The optimizer's state packed too, against neither."""
     return trainer_runs(folder, live_state=True, gradient_accumulation_steps=2)
+
+
+def trainer_sparse_compute(folder: Path) -> dict[str, Any]:
+    """Gradients that the kernels made, which are 0 where weights are masked, are reduced as others are."""
+    sparse_layers.MIN_WEIGHTS = 1
+    count, original = [0], Products.weight_gradient
+
+    def counted(self: Products, *args: Any) -> Tensor | None:
+        count[0] += 1
+        return original(self, *args)
+
+    Products.weight_gradient = counted  # type: ignore[method-assign]
+    found = trainer_runs(folder, config=TOY_CONFIG.replace(sparse_compute=True))
+    Products.weight_gradient = original  # type: ignore[method-assign]
+    assert count[0] > 100, "dense ran"
+    return found
 
 
 def trainer_twice(folder: Path) -> dict[str, Any]:

@@ -51,7 +51,14 @@ def assert_ranks_agree(case: str, ranks: list[dict[str, Any]]) -> dict[str, Any]
 
 
 LOOPS = ["plain", "bucket_view", "one_bucket", "accumulation", "unused", "static_graph", "bf16", "fp16", "rigl", "gmp"]
-TRAINERS = ["trainer", "trainer_live_state", "trainer_rigl", "trainer_twice", "trainer_compiled"]
+TRAINERS = [
+    "trainer",
+    "trainer_live_state",
+    "trainer_sparse_compute",
+    "trainer_rigl",
+    "trainer_twice",
+    "trainer_compiled",
+]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -21,7 +21,8 @@ from gap_hf.recipe import OVERWRITE, SECTIONS, Recipe, load_recipe
 ROOT = Path(__file__).resolve().parents[3]
 # What the runner sets and no figure depends on.
 NOT_IDENTITY = ("output_dir", OVERWRITE, "resume_from_checkpoint", "disable_tqdm", "save_total_limit")
-NOT_IDENTITY_OF_GAP = ("live_gradients", "live_state", "sparse_compute")  # how the same weights are computed
+# How the same weights are computed; and masters, of which fp32 models have none.
+NOT_IDENTITY_OF_GAP = ("live_gradients", "live_state", "master_weights", "sparse_compute")
 Settings = dict[str, dict[str, Any]]  # section to key to value
 
 

@@ -1,0 +1,39 @@
+"""Which form of an optimizer's state a config wants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gap_hf.config import GaPConfig
+from gap_hf.live_state import PREFIX, LiveState, release
+from gap_hf.masks import Masks
+from gap_hf.master_weights import MasterState
+from gap_hf.optimizer_state import OwnState, unwrap
+
+
+def own_state(optimizer: Any, config: GaPConfig, masks: Masks) -> Any:
+    """What a sparsifier has to tell of its masks: the optimizer, or the `LiveState` on it if the config wants one.
+
+    Raises:
+        GaPError: if the optimizer does not update each weight by itself, or a weight is sharded.
+    """
+    if optimizer is None or isinstance(optimizer, OwnState):
+        return optimizer
+    release(optimizer)
+    if not config.live_state:
+        return optimizer
+    return _kind(masters=config.master_weights)(optimizer, masks)
+
+
+def follow_load(optimizer: Any, masks: Masks) -> None:
+    """After masks were loaded, and state before them: bring it into the form that is kept here."""
+    if isinstance(optimizer, OwnState):
+        optimizer.sync()
+    elif optimizer is not None:
+        ours = [v for state in unwrap(optimizer).state.values() for k, v in state.items() if k.startswith(PREFIX)]
+        if ours:
+            _kind(masters=any(isinstance(value, dict) for value in ours))(optimizer, masks).detach()
+
+
+def _kind(*, masters: bool) -> type[LiveState]:
+    return MasterState if masters else LiveState
