@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from gap_hf.errors import GaPError
 from gap_hf.live_state import _LINE, LiveState, _Places
 from gap_hf.masks import Masks
+from gap_hf.master_weights import MasterState
 from gap_hf.packed_gradients import PackedGradients
 from gap_hf.sparse_layers import layers_of
 from gap_hf.sparse_products import is_worth_it, kept_bytes
@@ -63,12 +64,15 @@ class MemoryForecast:
             _freeze(self._model)
         self._params = {clean_name(n): p for n, p in self._model.named_parameters() if p.requires_grad}
 
-    def peak_bytes(self, live: Mapping[str, int], *, live_state: bool = False, compute_rows: int = 0) -> int:
+    def peak_bytes(
+        self, live: Mapping[str, int], *, live_state: bool = False, master_weights: bool = False, compute_rows: int = 0
+    ) -> int:
         """Most bytes that tensors take at a time in a step, weights and state included.
 
         Args:
             live: Live weights of each tensor that has a mask, by name. None has: plain Trainer.
             live_state: With `GaPConfig.live_state`.
+            master_weights: With `GaPConfig.master_weights` too.
             compute_rows: With `GaPConfig.sparse_compute`: outputs of a block of the pattern, 1 for single weights.
         """
         with ExitStack() as stack:
@@ -79,12 +83,13 @@ class MemoryForecast:
             masks = _SizedMasks(self._params, live)
             state = gradients = None
             if live_state and live:
-                state = _SizedState(optimizer, masks, live)
+                state = (_SizedMasters if master_weights else _Sized)(optimizer, masks)
                 gradients = PackedGradients(SimpleNamespace(optimizer=state, masks=masks), clips=False)  # type: ignore[arg-type]
                 stack.callback(gradients.detach)
             self._first_step(optimizer)
             kept = [*_state_tensors(optimizer), *(mask for _, mask in masks.sparse_params())]
             kept += [] if state is None else [places._steps for places in state._places.values()]
+            kept += [master.values for master in state._masters.values()] if isinstance(state, MasterState) else []
             kept += [torch.empty(size, dtype=torch.uint8) for size in self._computed(live, compute_rows)]
             tracker = MemTracker()
             tracker.track_external(self._model, *kept, *(v for v in self._batch.values() if isinstance(v, Tensor)))
@@ -136,24 +141,26 @@ class _SizedMasks(Masks):
 
     def __init__(self, params: Mapping[str, nn.Parameter], live: Mapping[str, int]) -> None:
         super().__init__({name: params[name] for name in live})
+        self.live_of = {params[name]: count for name, count in live.items()}
         for name, param in self.params.items():
             self._masks[name] = torch.empty_like(param, dtype=torch.uint8, requires_grad=False)
         self._sparse = [(self.params[name], mask) for name, mask in self._masks.items() if mask is not None]
 
 
-class _SizedState(LiveState):
+class _Sized(LiveState):
     """State of live weights, of which the number is known and not the places."""
-
-    def __init__(self, optimizer: Optimizer, masks: Masks, live: Mapping[str, int]) -> None:
-        super().__init__(optimizer, masks)
-        self._live = {masks.params[name]: count for name, count in live.items()}
 
     def _check(self) -> None:
         with unset_fake_temporarily():  # the trial of an optimizer compares numbers
             super()._check()
 
     def _pack(self, param: nn.Parameter, mask: Tensor) -> None:
-        self._places[param] = _SizedPlaces(param, mask, self._live[param])
+        assert isinstance(self._masks, _SizedMasks)
+        self._places[param] = _SizedPlaces(param, mask, self._masks.live_of[param])
+
+
+class _SizedMasters(MasterState, _Sized):
+    """The same with masters."""
 
 
 class _SizedPlaces(_Places):

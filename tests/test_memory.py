@@ -31,13 +31,19 @@ def network(**changes: Any) -> GPT2LMHeadModel:
 
 
 def allocated(
-    make_optimizer: Any, *, sparse: bool, live_state: bool, batch: dict[str, int], gap: GaPConfig = GAP
+    make_optimizer: Any,
+    *,
+    sparse: bool,
+    live_state: bool,
+    batch: dict[str, int],
+    gap: GaPConfig = GAP,
+    make_model: Any = None,
 ) -> tuple[int, dict[str, int]]:
     """Most bytes of two real steps after a first, and the live weights of each tensor."""
     live: dict[str, int] = {}
 
     def train() -> None:
-        model = network()
+        model = (make_model or network)()
         optimizer = make_optimizer(model.parameters())
         sparsifier = Sparsifier(model, gap.replace(live_state=live_state), total_steps=4, optimizer=optimizer)
         gradients = None
@@ -102,6 +108,25 @@ def test_sparse_compute_within_ten_percent(rows: int, batch: dict[str, int]) -> 
     without = forecast.peak_bytes(live, live_state=True)
     foreseen = forecast.peak_bytes(live, live_state=True, compute_rows=rows)
     assert foreseen > without
+    assert foreseen == pytest.approx(measured, rel=0.1)
+
+
+def test_masters_of_a_bf16_model() -> None:
+    batch = {"size": 1, "tokens": 8}
+
+    def low() -> GPT2LMHeadModel:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return network()
+        finally:
+            torch.set_default_dtype(before)
+
+    gap = GAP.replace(live_state=True, master_weights=True)
+    measured, live = allocated(ADAMW, sparse=True, live_state=True, batch=batch, gap=gap, make_model=low)
+    forecast = MemoryForecast(low, partial(batch_of, **batch), ADAMW)
+    foreseen = forecast.peak_bytes(live, live_state=True, master_weights=True)
+    assert foreseen > forecast.peak_bytes(live, live_state=True)
     assert foreseen == pytest.approx(measured, rel=0.1)
 
 

@@ -133,8 +133,13 @@ def _memory(recipe: Any, tokens: int) -> Callable[[Mapping[str, int]], int]:
             clips=training.get("max_grad_norm", 1.0) > 0,
             checkpointing=training.get("gradient_checkpointing", False),
         )
-        rows = parse_pattern(recipe.gap.pattern).rows if recipe.gap.sparse_compute else 0
-        options: Any = {"live_state": recipe.gap.live_state, "compute_rows": rows}
+        gap = recipe.gap
+        rows = parse_pattern(gap.pattern).rows if gap.sparse_compute else 0
+        options: Any = {
+            "live_state": gap.live_state,
+            "master_weights": gap.master_weights,
+            "compute_rows": rows,
+        }
         bar = tqdm(desc="forecasts", unit="", disable=None)
 
         dense = forecast.peak_bytes({})  # what cannot be foreseen is refused here
