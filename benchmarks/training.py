@@ -1,15 +1,18 @@
-"""What training costs with the optimizer's state packed: state, memory and time, beside Trainer and GaP without it.
+"""What training costs with what is packed and skipped: state, memory and time, beside Trainer and GaP without it.
 
     make bench-training                        # or: python benchmarks/training.py
     python benchmarks/training.py --quick      # a small model and few steps: does it run?
 
-For each size of a GPT-2 and each sparsity three runs take turns step by step in one process, on the same batches: plain
-Trainer, GaPTrainer, and GaPTrainer with `live_state`; all with Trainer's own optimizer, fused AdamW. C-GaP in the paper's
-schedule (no ramps), four groups, so that in a round a quarter is dense and the rest sparse.
+For each size of a GPT-2 and each sparsity some runs take turns step by step in one process, on the same batches: plain
+Trainer, GaPTrainer, with `live_state`, with `sparse_compute` too, and that with blocks of 16x1; all with Trainer's own
+optimizer, fused AdamW. C-GaP in the paper's schedule (no ramps), four groups, so that in a round a quarter is dense and the
+rest sparse.
 
 1. Bytes of the optimizer's state of the prunable weights, and of the whole model, as a share of plain Trainer's: the mean
    over the steps of a round, indices included. Masks, a byte a weight in both GaP runs, are listed apart.
-2. Step time: the median of the rounds' ratios to plain Trainer, with a 95 % bootstrap interval, over steps without a change.
+2. Step time: the median of the rounds' ratios to plain Trainer, with a 95 % bootstrap interval, over steps without a change
+   and without the first after one, in which sparse products look at the new masks; that step's ratio is listed apart. And
+   what `gap_hf.step_times`, which `gap-hf plan --time` uses, foresees of it.
 3. Memory: each way in a process of its own, the highest anonymous memory above that before the model is made; in another
    one, what torch's allocator gave out at most, beside what `gap_hf.memory` foresees of that.
 """
@@ -39,7 +42,9 @@ from gap_hf.live_state import LiveState
 from gap_hf.memory import MemoryForecast, batch_of
 from gap_hf.optimizer_state import unwrap
 from gap_hf.pattern_names import parse_pattern
+from gap_hf.plan import Plan
 from gap_hf.planning import summarize
+from gap_hf.step_times import StepTimer
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = {"25M": {"n_layer": 8, "n_embd": 512}, "100M": {"n_layer": 15, "n_embd": 768}}
@@ -53,7 +58,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "sparse_compute, 16x1": {"live_state": True, "sparse_compute": True, "pattern": "block:16x1"},
 }
 SPARSE_WAYS = [way for way, changes in WAYS.items() if changes is not None]
-GROUPS, PHASE, WARM_UP = 4, 4, 3
+GROUPS, PHASE, WARM_UP = 4, 5, 3
 STEPS = PHASE * (1 + GROUPS) + PHASE  # a first phase, one round, a fine-tune
 
 
@@ -105,11 +110,15 @@ def state_bytes(trainer: GaPTrainer) -> tuple[int, int]:
     return ours, sum(held.values()) + ours - plain
 
 
-def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bool) -> Watched:
+def network(size: dict[str, Any]) -> GPT2LMHeadModel:
     set_seed(0)
-    model = GPT2LMHeadModel(
+    return GPT2LMHeadModel(
         GPT2Config(**size, n_head=size["n_embd"] // 64, vocab_size=4096, n_positions=64, bos_token_id=0, eos_token_id=1)
     )
+
+
+def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bool) -> Watched:
+    model = network(size)
     config = GaPConfig(
         sparsity=sparsity,
         num_partitions=GROUPS,
@@ -140,16 +149,17 @@ def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bo
     return trainer
 
 
-def measure(size: dict[str, int], sparsity: float) -> dict[str, Any]:
+def measure(ways: list[str], size: dict[str, int], sparsity: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [make(way, size, sparsity, folder, turns=True) for way in WAYS]
+        trainers = [make(way, size, sparsity, folder, turns=True) for way in ways]
         seconds = run_in_turns(trainers, STEPS)
     in_round = slice(PHASE, PHASE * (1 + GROUPS) - 1)
     means = np.array([np.mean(t.notes[in_round], axis=0) for t in trainers])
     gap = trainers[1].gap
     assert gap is not None
-    changed = {phase.start - 1 for phase in gap.plan.phases}
-    used = [i for i in range(WARM_UP, STEPS - 1) if i not in changed]
+    starts = {phase.start for phase in gap.plan.phases}
+    changed = starts | {start - 1 for start in starts}
+    used, first = [i for i in range(WARM_UP, STEPS - 1) if i not in changed], sorted(starts - {0})
     model = trainers[0].model
     result: dict[str, Any] = {
         "sparsity": sparsity,
@@ -157,15 +167,34 @@ def measure(size: dict[str, int], sparsity: float) -> dict[str, Any]:
         "prunable": sum(w.numel for w in gap.weights.values()),
         "trainer_ms": 1e3 * float(np.median(seconds[used, 0])),
     }
-    for i, way in enumerate(SPARSE_WAYS, start=1):
+    for i, way in enumerate(ways[1:], start=1):
         step = ratio(seconds[used, i].tolist(), seconds[used, 0].tolist())
         result[way] = {
             "prunable_state": float(means[i, 0] / means[0, 0]),
             "whole_state": float(means[i, 1] / means[0, 1]),
             "step": step.median,
             "step_interval_95": [step.low, step.high],
+            "first_step": float(np.median(seconds[first, i] / seconds[first, 0])),
+            "foreseen_step": foreseen_step(way, size, trainers[i].gap_config, gap.plan, used) / step.median,
         }
     return result
+
+
+def foreseen_step(way: str, size: dict[str, Any], config: GaPConfig | None, plan: Plan, used: list[int]) -> float:
+    """Of the measured steps, as a share of a dense step, as it is foreseen."""
+    assert config is not None
+    timer = StepTimer(
+        lambda: network(size),
+        partial(batch_of, size=4, tokens=64),
+        partial(AdamW, fused=True),
+        config,
+        total_steps=STEPS,
+    )
+    dense, seconds = timer.dense(), {}
+    for levels in map(plan.levels_at, used):
+        if (key := tuple(sorted(levels))) not in seconds:
+            seconds[key] = timer.sparse(levels)
+    return float(np.median([seconds[tuple(sorted(plan.levels_at(step)))] for step in used])) / dense
 
 
 def peak_of(way: str, size: dict[str, int], sparsity: float) -> int:
@@ -196,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9])
+    parser.add_argument("--ways", nargs="+", choices=SPARSE_WAYS, default=SPARSE_WAYS, help="beside trainer")
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/training.json")
     parser.add_argument("--child", nargs=4, metavar=("WHAT", "WAY", "SIZE", "SPARSITY"), help=argparse.SUPPRESS)
@@ -210,11 +240,12 @@ def main() -> None:
     rows = []
     for name in QUICK if args.quick else args.sizes:
         for sparsity in args.sparsities:
-            row = {"model": name, **measure((SIZES | QUICK)[name], sparsity)}
-            peaks = {way: from_child(__file__, "process", way, name, str(sparsity)) for way in WAYS}
-            bytes_of = {way: from_child(__file__, "allocator", way, name, str(sparsity)) for way in WAYS}
+            ways = ["trainer", *args.ways]
+            row = {"model": name, **measure(ways, (SIZES | QUICK)[name], sparsity)}
+            peaks = {way: from_child(__file__, "process", way, name, str(sparsity)) for way in ways}
+            bytes_of = {way: from_child(__file__, "allocator", way, name, str(sparsity)) for way in ways}
             row["trainer_peak_bytes"], row["trainer_allocated"] = peaks["trainer"], bytes_of["trainer"]
-            for way in SPARSE_WAYS:
+            for way in args.ways:
                 row[way]["peak"] = peaks[way] / peaks["trainer"]
                 row[way]["allocated"] = bytes_of[way]["measured"] / bytes_of["trainer"]["measured"]
                 row[way]["foreseen"] = bytes_of[way]["foreseen"] / bytes_of[way]["measured"]
@@ -234,16 +265,17 @@ def main() -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| model | sparsity | way | state, prunable | state, whole model | peak, process | peak, tensors | foreseen / measured "
-        "| step (95 % interval) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| step (95 % interval) | foreseen / measured | first step after a change |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        for way in SPARSE_WAYS:
+        for way in [way for way in SPARSE_WAYS if way in row]:
             r = row[way]
             low, high = r["step_interval_95"]
             lines.append(
                 f"| {row['model']} | {row['sparsity']:.0%} | {way} | {r['prunable_state']:.3f} | {r['whole_state']:.3f} | "
-                f"{r['peak']:.3f} | {r['allocated']:.3f} | {r['foreseen']:.3f} | {r['step']:.3f} ({low:.3f}–{high:.3f}) |"
+                f"{r['peak']:.3f} | {r['allocated']:.3f} | {r['foreseen']:.3f} | {r['step']:.3f} ({low:.3f}–{high:.3f}) | "
+                f"{r['foreseen_step']:.3f} | {r['first_step']:.3f} |"
             )
     return "\n".join(lines)
 

@@ -232,8 +232,8 @@ class _Swap(NamedTuple):
 class _Places:
     """Where the live entries of a weight lie in its memory, in a byte each: the distance from the one before.
 
-    A sum brings the positions back in a tenth of a step's time. Distances over 255 are rare, and make it four bytes for
-    that tensor. Vectors are filled up with zeros to a whole number of cache lines: fused kernels round otherwise in what
+    A sum brings the positions back in a tenth of a step's time. Distances over 255 make it two bytes for
+    that tensor, and over 32,767 four. Vectors are filled up with zeros to a whole number of cache lines: fused kernels round otherwise in what
     remains after those.
     """
 
@@ -249,8 +249,8 @@ class _Places:
         self.shape, self.stride, self.count = param.shape, param.stride(), at.numel()
         self.length = -(-self.count // _LINE) * _LINE
         steps = torch.diff(at, prepend=at.new_zeros(1))
-        small = not self.count or int(steps.max()) <= 255
-        self._steps = steps.to(torch.uint8 if small else torch.int32)
+        largest = int(steps.max()) if self.count else 0
+        self._steps = steps.to(torch.uint8 if largest <= 255 else torch.int16 if largest < 2**15 else torch.int32)
 
     @property
     def num_bytes(self) -> int:

@@ -17,7 +17,7 @@ from gap_hf.config import GaPConfig
 from gap_hf.pattern_names import parse_pattern
 from gap_hf.phases import Phase
 from gap_hf.plan import Plan, make_plan
-from gap_hf.tables import size_text
+from gap_hf.tables import size_text, time_text
 from gap_hf.targets import Targets, clean_name, find_targets
 
 
@@ -62,6 +62,7 @@ def summarize(
     steps_per_epoch: Fraction | None = None,
     seed: int = 0,
     peak_bytes: Callable[[Mapping[str, int]], int] | None = None,
+    step_seconds: Callable[[Sequence[float] | None], float] | None = None,
 ) -> dict[str, Any]:
     """Everything `format_summary` shows, as plain data.
 
@@ -76,6 +77,8 @@ def summarize(
         seed: Of what is drawn, if the config has none.
         peak_bytes: Gives the peak memory of a step from the live weights of each tensor with a mask, such as
             `gap_hf.memory.MemoryForecast.peak_bytes`; None: memory is not foreseen.
+        step_seconds: Gives the seconds of a step from the level of each group, and of dense training from None, such as
+            `gap_hf.step_times.StepTimer` measures them; None: time is not foreseen.
 
     Raises:
         GaPError: for anything that `GaPTrainer` would refuse about the model, the targets or the length.
@@ -122,6 +125,19 @@ def summarize(
             )
         return foreseen[key]
 
+    def seconds(phase: Phase) -> float:
+        """Of its steps: those of its first, middle and last one on average, levels to a tenth."""
+        steps, total = (phase.start, (phase.start + phase.end) // 2, phase.end - 1), 0.0
+        for levels in map(plan.levels_at, steps):
+            rounded = [round(level, 1) for level in levels]
+            key = tuple(sorted(rounded))
+            if key not in timed:
+                assert step_seconds is not None
+                timed[key] = step_seconds(rounded)
+            total += timed[key]
+        return total / len(steps) * (phase.end - phase.start)
+
+    timed: dict[tuple[float, ...], float] = {}
     foreseen: dict[tuple[float, ...], int] = {}
     numel_of = {w.name: w.numel for w in targets.weights}
     average = plan.average_live_share(sizes, densities)
@@ -141,6 +157,7 @@ def summarize(
         "inference_flops_of_model": flops(final),
         "groups": [{"blocks": list(g.blocks), "tensors": len(g.names), "weights": g.numel} for g in groups],
         **({} if peak_bytes is None else {"peak_bytes_of_dense": peak_bytes({})}),
+        **({} if step_seconds is None else {"seconds_of_dense": step_seconds(None) * total_steps}),
         "phases": [
             {
                 "phase": p.index + 1,
@@ -152,6 +169,7 @@ def summarize(
                 "live_share": plan.live_share(p, sizes, densities),
                 "flops_of_model": flops(plan.live_share(p, sizes, densities)),
                 **({} if peak_bytes is None else {"peak_bytes": memory(most_live(p))}),
+                **({} if step_seconds is None else {"seconds": seconds(p)}),
             }
             for p in plan.phases
         ],
@@ -163,7 +181,7 @@ def summarize(
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as tables for people; tensors that differ only in a number share a line."""
     s = summary
-    dense_bytes = s.get("peak_bytes_of_dense")
+    dense_bytes, dense_seconds = s.get("peak_bytes_of_dense"), s.get("seconds_of_dense")
     lines = [
         f"{s['model']}: {s['num_params']:,} parameters, {s['num_prunable']:,} prunable "
         f"({s['num_prunable'] / s['num_params']:.1%}), {s['num_live']:,} of them live at the end",
@@ -198,6 +216,7 @@ def format_summary(summary: dict[str, Any]) -> str:
             [
                 *["phase", "kind", "round", "steps", "length", "dense group", "live share", "FLOPs of the model"],
                 *(["peak memory"] if dense_bytes else []),
+                *(["time"] if dense_seconds else []),
             ],
             [
                 [
@@ -210,6 +229,7 @@ def format_summary(summary: dict[str, Any]) -> str:
                     f"{p['live_share']:.3f}",
                     f"{p['flops_of_model']:.3f}",
                     *([size_text(p["peak_bytes"])] if dense_bytes else []),
+                    *([time_text(p["seconds"])] if dense_seconds else []),
                 ]
                 for p in s["phases"]
             ],
@@ -225,6 +245,13 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines += [
             f"peak memory of a training step: {size_text(most)}, dense training {size_text(dense_bytes)} ({most / dense_bytes:.3f} of it)",
             "(What tensors take at a time. A process takes more, by what its allocator keeps and its libraries need.)",
+        ]
+    if dense_seconds:
+        total = sum(p["seconds"] for p in s["phases"])
+        lines += [
+            f"time of all steps on this machine: {time_text(total)}, dense training {time_text(dense_seconds)} "
+            f"({total / dense_seconds:.3f} of it)",
+            "(From a few measured steps of each kind. Loading data, evaluating, saving and changing masks come on top.)",
         ]
     return "\n".join(lines)
 

@@ -33,6 +33,20 @@ def size_text(size: float) -> str:
     return f"{size:.2f} GB"
 
 
+def time_text(seconds: float) -> str:
+    """A duration in the two units that say it best."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def plot_bars(names: Sequence[str], shares: Sequence[float], path: Path, *, label: str) -> None:
     """A bar for each name, in order from the top, from 0 to 100 %. Of more than 60 names, only some are written.
 

@@ -97,6 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sparse_products",
         "targets",
     },
+    "step_times": {"config", "optimizer_state", "packed_gradients", "sparse_layers", "sparsifier"},
     "recipe": _CORE | {"coercion"},
     "report": _CORE | {"checkpoint", "planning", "recipe"},
     "output": _CORE | {"checkpoint"},
@@ -157,7 +158,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"errors", "inference", "targets"},
     "resuming": {"errors", "folder_files", "shards"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
-    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models", "memory"},
+    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models", "memory", "step_times"},
     "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.

@@ -67,7 +67,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", action="store_true", help="foresee the peak memory of each phase; takes seconds to minutes"
     )
-    parser.add_argument("--tokens", type=int, default=128, help="with --memory: tokens of each sequence (%(default)s)")
+    parser.add_argument(
+        "--time", action="store_true", help="measure some steps of each kind here, and foresee the time of each phase"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=128, help="with --memory and --time: tokens of each sequence (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run, takes_overrides=True)
 
@@ -76,9 +81,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan. Returns the exit code."""
     if args.tokens < 1:
         raise GaPError(f"--tokens: found {args.tokens}, expected at least 1")
-    tokens = args.tokens if args.memory else None
     summary = plan_recipe(
-        args.recipe, args.overrides, steps=args.steps, steps_per_epoch=args.steps_per_epoch, tokens=tokens
+        args.recipe,
+        args.overrides,
+        steps=args.steps,
+        steps_per_epoch=args.steps_per_epoch,
+        tokens=args.tokens,
+        memory=args.memory,
+        time=args.time,
     )
     print(json.dumps(summary, indent=2) if args.json else format_summary(summary))
     return 0
@@ -90,9 +100,11 @@ def plan_recipe(
     *,
     steps: int | None,
     steps_per_epoch: int | None,
-    tokens: int | None = None,
+    tokens: int = 128,
+    memory: bool = False,
+    time: bool = False,
 ) -> dict[str, Any]:
-    """`gap_hf.planning.summarize` for a recipe; with peak memory if `tokens`, those of each sequence, is given.
+    """`gap_hf.planning.summarize` for a recipe; with peak memory and time, of sequences of `tokens`, if they are asked for.
 
     Raises:
         GaPError: for a bad recipe, or if its length depends on data that is not counted here.
@@ -108,31 +120,71 @@ def plan_recipe(
         total_steps=total_steps,
         steps_per_epoch=per_epoch,
         seed=seed,
-        peak_bytes=None if tokens is None else _memory(recipe, tokens),
+        peak_bytes=_memory(recipe, tokens) if memory else None,
+        step_seconds=_time(recipe, tokens, total_steps, per_epoch) if time else None,
     )
+
+
+def _step_of(recipe: Any, tokens: int, flag: str) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
+    """What a step of a recipe is made of, for `MemoryForecast` and `StepTimer`."""
+    from gap_hf.memory import batch_of
+
+    if recipe.gap.method == "parallel":
+        raise GaPError(f"{flag}: gap.method is 'parallel', whose replicas are not foreseen; expected another method")
+    training = recipe.training
+    keys = [key for key in training if key.startswith(("adam_", "optim"))]
+    arguments = TrainingArguments("unused", use_cpu=True, **{key: training[key] for key in keys})
+    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    parts = (
+        lambda: build(recipe.model),
+        partial(batch_of, size=training.get("per_device_train_batch_size", 8), tokens=tokens),
+        partial(optimizer, **settings),
+    )
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return parts, {
+        "autocast": next((kind for key, kind in types.items() if training.get(key)), None),
+        "clips": training.get("max_grad_norm", 1.0) > 0,
+        "checkpointing": training.get("gradient_checkpointing", False),
+    }
+
+
+def _time(recipe: Any, tokens: int, total_steps: int, per_epoch: Any) -> Callable[[Sequence[float] | None], float]:
+    """Measures steps of a recipe; a line shows how far it is."""
+    from gap_hf.step_times import StepTimer
+
+    try:
+        parts, settings = _step_of(recipe, tokens, "--time")
+        on_cpu = recipe.training.get("use_cpu", False) or not torch.cuda.is_available()
+        timer = StepTimer(
+            *parts,
+            recipe.gap,
+            total_steps=total_steps,
+            steps_per_epoch=per_epoch,
+            accumulation=recipe.training.get("gradient_accumulation_steps", 1),
+            device="cpu" if on_cpu else "cuda",
+            **settings,
+        )
+        dense = timer.dense()  # what cannot be measured is refused here
+    except GaPError:
+        raise
+    except Exception as error:  # a stranger's model or optimizer
+        raise GaPError(f"--time: a step of this recipe cannot be measured ({first_line(error)})") from None
+    bar = tqdm(desc="measured", unit=" kinds of step", disable=None)
+
+    def step_seconds(levels: Sequence[float] | None) -> float:
+        bar.update()
+        return dense if levels is None else timer.sparse(levels)
+
+    return step_seconds
 
 
 def _memory(recipe: Any, tokens: int) -> Callable[[Mapping[str, int]], int]:
     """Foresees the peak memory of a recipe's step; a line shows how far it is, because each takes seconds."""
-    from gap_hf.memory import MemoryForecast, batch_of
+    from gap_hf.memory import MemoryForecast
 
-    if recipe.gap.method == "parallel":
-        raise GaPError("--memory: gap.method is 'parallel', whose replicas are not foreseen; expected another method")
-    training = recipe.training
-    keys = [key for key in training if key.startswith(("adam_", "optim"))]
     try:
-        arguments = TrainingArguments("unused", use_cpu=True, **{key: training[key] for key in keys})
-        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        forecast = MemoryForecast(
-            lambda: build(recipe.model),
-            partial(batch_of, size=training.get("per_device_train_batch_size", 8), tokens=tokens),
-            partial(optimizer, **settings),
-            autocast=next(
-                (t for k, t in {"bf16": torch.bfloat16, "fp16": torch.float16}.items() if training.get(k)), None
-            ),
-            clips=training.get("max_grad_norm", 1.0) > 0,
-            checkpointing=training.get("gradient_checkpointing", False),
-        )
+        parts, settings = _step_of(recipe, tokens, "--memory")
+        forecast = MemoryForecast(*parts, **settings)
         gap = recipe.gap
         rows = parse_pattern(gap.pattern).rows if gap.sparse_compute else 0
         options: Any = {
