@@ -174,13 +174,23 @@ def _state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     return (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
-def batch_of(model: nn.Module, *, size: int, tokens: int) -> dict[str, Tensor]:
+def batch_of(model: nn.Module, *, size: int, tokens: int | None = None) -> dict[str, Tensor]:
     """A batch such as a Trainer would give a transformers model: of tokens or of images, with labels.
 
+    Args:
+        tokens: Of each sequence; None: 128, or as many as the model has positions for.
+
     Raises:
-        GaPError: if the model reads something else.
+        GaPError: if the model reads something else, or has not so many positions.
     """
     config: Any = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    most = positions if isinstance(positions, int) and positions > 0 else None
+    if tokens is not None and most is not None and tokens > most:
+        raise GaPError(
+            f"--tokens: found {tokens}, but {type(model).__name__} has {most} positions; expected at most that"
+        )
+    tokens = tokens or min(128, most or 128)
     kind = getattr(model, "main_input_name", None)
     by_token = any(word in type(model).__name__ for word in ("LM", "Generation", "Translation", "MTModel"))
     labels = torch.zeros((size, tokens) if by_token else (size,), dtype=torch.int64)

@@ -71,7 +71,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--time", action="store_true", help="measure some steps of each kind here, and foresee the time of each phase"
     )
     parser.add_argument(
-        "--tokens", type=int, default=128, help="with --memory and --time: tokens of each sequence (%(default)s)"
+        "--tokens",
+        type=int,
+        help="with --memory and --time: of each sequence (128, or as many as the model has positions)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run, takes_overrides=True)
@@ -79,7 +81,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan. Returns the exit code."""
-    if args.tokens < 1:
+    if args.tokens is not None and args.tokens < 1:
         raise GaPError(f"--tokens: found {args.tokens}, expected at least 1")
     summary = plan_recipe(
         args.recipe,
@@ -100,11 +102,11 @@ def plan_recipe(
     *,
     steps: int | None,
     steps_per_epoch: int | None,
-    tokens: int = 128,
+    tokens: int | None = None,
     memory: bool = False,
     time: bool = False,
 ) -> dict[str, Any]:
-    """`gap_hf.planning.summarize` for a recipe; with peak memory and time, of sequences of `tokens`, if they are asked for.
+    """`gap_hf.planning.summarize` for a recipe; with peak memory and time, of sequences of `tokens` (`batch_of`), if they are asked for.
 
     Raises:
         GaPError: for a bad recipe, or if its length depends on data that is not counted here.
@@ -125,7 +127,7 @@ def plan_recipe(
     )
 
 
-def _step_of(recipe: Any, tokens: int, flag: str) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
+def _step_of(recipe: Any, tokens: int | None, flag: str) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
     """What a step of a recipe is made of, for `MemoryForecast` and `StepTimer`."""
     from gap_hf.memory import batch_of
 
@@ -148,7 +150,9 @@ def _step_of(recipe: Any, tokens: int, flag: str) -> tuple[tuple[Any, Any, Any],
     }
 
 
-def _time(recipe: Any, tokens: int, total_steps: int, per_epoch: Any) -> Callable[[Sequence[float] | None], float]:
+def _time(
+    recipe: Any, tokens: int | None, total_steps: int, per_epoch: Any
+) -> Callable[[Sequence[float] | None], float]:
     """Measures steps of a recipe; a line shows how far it is."""
     from gap_hf.step_times import StepTimer
 
@@ -178,7 +182,7 @@ def _time(recipe: Any, tokens: int, total_steps: int, per_epoch: Any) -> Callabl
     return step_seconds
 
 
-def _memory(recipe: Any, tokens: int) -> Callable[[Mapping[str, int]], int]:
+def _memory(recipe: Any, tokens: int | None) -> Callable[[Mapping[str, int]], int]:
     """Foresees the peak memory of a recipe's step; a line shows how far it is, because each takes seconds."""
     from gap_hf.memory import MemoryForecast
 
