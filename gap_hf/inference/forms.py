@@ -43,9 +43,29 @@ class CompiledForm:
         sizes = [num_in, num_out, len(order.starts) - 1, self.scratch]
         self.layer = torch.tensor([*sizes, *(array.data_ptr() for array in arrays)], dtype=torch.int64)
         self.no_bias = torch.zeros(self.gives)
-        self.owner = kernel.owner
+        self.starts, self.columns, self.lengths = order.starts, order.columns, order.lengths
+        self.shape, self.owner = shape, kernel.owner
         self._share, self._team = kernel.share, kernel.team
         self._layer_address, self._no_bias_address = self.layer.data_ptr(), self.no_bias.data_ptr()
+
+    def matrix(self) -> Tensor:
+        """The (N, K) weight, made anew of its live values."""
+        num_out, num_in = self.shape
+        starts = self.starts.long()
+        group = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
+        if self.lengths is None:
+            width = num_out // (len(starts) - 1)
+            output = group[:, None] * width + torch.arange(width)
+            column = self.columns.long()[:, None].expand_as(output)
+            is_live = torch.ones_like(output, dtype=torch.bool)
+        else:
+            output = group[:, None] * _SLICE + torch.arange(_SLICE)
+            rank = torch.arange(len(group)) - starts[group]
+            lengths = torch.nn.functional.pad(self.lengths, (0, -num_out % _SLICE))
+            is_live, column = rank[:, None] < lengths[output], self.columns.long().view(-1, _SLICE)
+        out = torch.zeros(num_out, num_in, dtype=self.dtype)
+        out[output[is_live], column[is_live]] = self.values.view(output.shape)[is_live]
+        return out
 
     def __call__(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
         tokens = x.numel() // self.takes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.inference import compiled
+from gap_hf.inference.alone import AloneProduct, can_give_up, give_up, take_back
 from gap_hf.inference.int8 import INT8
 from gap_hf.inference.layers import ORDINARY, SPARSE, why_not
 from gap_hf.inference.product import Int8Product, Layer, Packed, Product
@@ -60,6 +62,7 @@ def optimize_for_inference(
     masks: MasksByName | None = None,
     token_counts: Sequence[int] = (),
     output_layer: str | None = None,
+    keep_dense: bool = True,
 ) -> _Model:
     """Make the sparse layers of a model run in the fastest form for this machine, in place.
 
@@ -85,13 +88,16 @@ def optimize_for_inference(
         output_layer: ``int8`` runs a dense output layer (the model's `get_output_embeddings`) in int8 where that is faster, and
             computes the 32 largest outputs of each token anew with the weight itself (`gap_hf.inference.int8`). The others are
             rounded, by about 2 % of the largest. None rounds nothing.
+        keep_dense: False gives up the dense weights of sparse Linears and Conv1Ds on a CPU (`gap_hf.inference.alone`): their live
+            values are all that is held, and they run sparse for every number of tokens. `state_dict`, copies, `restore` and what
+            has to run dense make a weight anew, for as long as it takes. Weights that several layers share are kept.
 
     Returns:
         `model` itself.
 
     Raises:
-        GaPError: if no layer is sparse, a mask names no layer of the model, weights do not obey their mask, or there is no
-            dense output layer for `output_layer`.
+        GaPError: if no layer is sparse, a mask names no layer of the model, weights do not obey their mask, there is no
+            dense output layer for `output_layer`, or no compiler for ``keep_dense=False``.
     """
     if any(not isinstance(count, int) or count < 1 for count in token_counts):
         raise GaPError(f"token_counts: found {list(token_counts)}, expected numbers of at least 1")
@@ -99,7 +105,7 @@ def optimize_for_inference(
     if masks is not None:
         layers = _of_masks(layers, masks)
     for module in layers.values():
-        if isinstance(getattr(module, "gap_product", None), Int8Product):
+        if isinstance(getattr(module, "gap_product", None), Int8Product | AloneProduct):
             restore(module)
     sparsities = {name: _sparsity(module) for name, module in layers.items()}
     chosen = {name: layers[name] for name, share in sparsities.items() if share is not None and share >= MIN_SPARSITY}
@@ -108,10 +114,12 @@ def optimize_for_inference(
     head = None if output_layer is None else _output_layer(model, output_layer, chosen)
     compiled.available()  # says now, not in the middle of a generation, if it is not
     on_gpu: list[str] = []
-    for name, module in chosen.items():
+    for name, module in chosen.items() if keep_dense else ():
         packed = _install(module, Product(), token_counts)
         if packed.weight.device.type != "cpu" and packed.structure.pattern not in ("1:4", "2:4"):
             on_gpu.append(name)
+    if not keep_dense:
+        _keep_live(model, list(chosen.values()), token_counts)
     if head is not None:
         _install(head, Int8Product(), token_counts)
     if on_gpu:
@@ -134,6 +142,17 @@ def _install(module: nn.Module, product: Product, token_counts: Sequence[int]) -
         for count in token_counts:
             product.prepare(cast(Layer, module), packed, count)
     return packed
+
+
+def _keep_live(model: nn.Module, chosen: list[nn.Module], token_counts: Sequence[int]) -> None:
+    """Give up the dense weights of those layers that can do without; the others are as with `keep_dense`."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for module in chosen:
+        restore(module)
+        if can_give_up(module) and holders[id(module._parameters["weight"])] == 1:
+            give_up(module)
+        else:
+            _install(module, Product(), token_counts)
 
 
 def _output_layer(model: nn.Module, how: str, chosen: dict[str, nn.Module]) -> nn.Module:
@@ -161,7 +180,9 @@ def restore(model: _Model) -> _Model:
         `model` itself.
     """
     for module in model.modules():
-        if type(module) in ORDINARY:
+        if isinstance(getattr(module, "gap_product", None), AloneProduct):
+            take_back(module)
+        elif type(module) in ORDINARY:
             cast(Any, module).__class__ = ORDINARY[type(module)]
             del module.gap_product
     return model

@@ -114,7 +114,7 @@ class Product:
         """The layer's output. Never other than dense's by more than rounding, and dense itself where that is not sure."""
         parameters, packed = layer._parameters, self.packed
         weight = parameters["weight"]
-        tokens = layer.num_tokens(x) if _is_allowed(x, weight, parameters["bias"]) else 0
+        tokens = layer.num_tokens(x) if is_allowed(x, weight, parameters["bias"]) else 0
         if tokens == 0:
             return layer.dense(x)
         if packed is None or not packed.is_of(weight):
@@ -178,7 +178,7 @@ def _names(structure: Structure, matrix: Tensor, threads: int) -> tuple[str, ...
     return names + tuple(name + ALONE for name in names if threads > 1 and name in COMPILED)
 
 
-def _is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether anything but dense may run: no gradients, no autocast, nothing that records operations."""
     if type(x) is not Tensor or x.dtype is not weight.dtype or x.device != weight.device or not x.numel():
         return False
@@ -201,7 +201,7 @@ def _runs(layer: Layer, forms: dict[str, Form], x: Tensor, threads: int) -> dict
     def timed(form: Form | None) -> Callable[[], object]:
         if form is None:
             return lambda: (layer.dense(x), wait())
-        return lambda: (_is_allowed(x, weight, bias), layer.sparse(x, form, threads), wait())
+        return lambda: (is_allowed(x, weight, bias), layer.sparse(x, form, threads), wait())
 
     return {DENSE: timed(None), **{name: timed(form) for name, form in forms.items()}}
 

@@ -1,0 +1,133 @@
+"""Layers that keep their live weights alone: the dense weight is given up, and made again only where something asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gap_hf.errors import GaPError
+from gap_hf.inference.forms import FORMS, CompiledForm, candidates
+from gap_hf.inference.layers import ORDINARY, SparseConv1D, SparseLinear
+from gap_hf.inference.product import Layer, Packed, Product, is_allowed
+from gap_hf.inference.zeros import structure_of
+
+
+class AloneProduct(Product):
+    """Stands in a layer for a weight that is there no more.
+
+    Attributes:
+        form: Holds the live values.
+        placeholder: The layer's parameter now: of the weight's shape and type, one NaN in memory, so that whoever reads the
+            weight past the layer notices.
+    """
+
+    def __init__(self, form: CompiledForm, placeholder: nn.Parameter, packed: Packed) -> None:
+        super().__init__()
+        self.form, self.placeholder, self.packed = form, placeholder, packed
+
+    def __call__(self, layer: Layer, x: Tensor) -> Tensor:
+        """The layer's output; dense where an input is not finite or gradients are asked for."""
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if weight is not self.placeholder:  # somebody gave the layer another one
+            return layer.dense(x)
+        out = None
+        if is_allowed(x, weight, bias) and layer.num_tokens(x):
+            out = layer.sparse(x, self.form, torch.get_num_threads())
+        return nn.functional.linear(x, self.form.matrix(), bias) if out is None else out
+
+    def dense_weight(self, layer: Layer) -> Tensor:
+        """The weight as it was, made anew."""
+        return layer.matrix(self.form.matrix()).contiguous()  # turning twice is turning back
+
+
+class _Alone:
+    """What a layer without its weight does differently."""
+
+    gap_product: Any
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        me = cast(Any, self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if me._parameters["weight"] is self.gap_product.placeholder:
+            destination[prefix + "weight"] = self.gap_product.dense_weight(me)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        take_back(cast(Any, self))
+        cast(Any, self)._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        me = cast(Any, self)
+        take_back(me)
+        me._apply(fn, recurse)
+        if me._parameters["weight"].device.type == "cpu" and me._parameters["weight"].dtype in _TYPES:
+            give_up(me)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Copies and pickles are ordinary layers: compiled code and addresses mean nothing elsewhere.
+        me = cast(Any, self)
+        state = {key: value for key, value in vars(self).items() if key != "gap_product"}
+        if me._parameters["weight"] is self.gap_product.placeholder:
+            weight = nn.Parameter(self.gap_product.dense_weight(me), self.gap_product.placeholder.requires_grad)
+            state["_parameters"] = {**me._parameters, "weight": weight}
+        return object.__new__, (ORDINARY[cast(Any, type(self))],), state
+
+
+class AloneLinear(_Alone, SparseLinear):
+    """A Linear of live weights alone."""
+
+
+class AloneConv1D(_Alone, SparseConv1D):
+    """A Conv1D of live weights alone."""
+
+
+_TYPES = (torch.float32, torch.bfloat16)
+_ALONE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: AloneLinear, Conv1D: AloneConv1D}
+ORDINARY.update({alone: ordinary for ordinary, alone in _ALONE.items()})
+
+
+def can_give_up(layer: nn.Module) -> bool:
+    """Whether a layer is of a kind that may keep its live weights alone."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return type(layer) in _ALONE and weight.device.type == "cpu" and weight.dtype in _TYPES
+
+
+def give_up(layer: nn.Module) -> None:
+    """Keep the live weights of an ordinary layer alone.
+
+    Raises:
+        GaPError: if no kernel can be compiled here.
+    """
+    weight = cast(nn.Parameter, layer._parameters["weight"])
+    cast(Any, layer).__class__ = _ALONE[type(layer)]
+    alone = cast(Any, layer)
+    matrix = alone.matrix(weight.detach())
+    structure = structure_of(matrix != 0)
+    name = candidates(structure, "cpu")[0]
+    form = FORMS[name](matrix, matrix != 0, structure)
+    if not isinstance(form, CompiledForm):
+        alone.__class__ = ORDINARY[type(layer)]
+        raise GaPError(
+            "keep_dense: found False, which needs the kernels that llvmlite compiles; pip install 'gap_hf[inference]'"
+        )
+    nothing = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
+    placeholder = nn.Parameter(nothing, requires_grad=weight.requires_grad)
+    packed = Packed(placeholder, 0, None, structure, names={(torch.get_num_threads(), 0): name})
+    alone._parameters["weight"] = placeholder
+    alone.gap_product = AloneProduct(form, placeholder, packed)
+
+
+def take_back(layer: nn.Module) -> None:
+    """Make the layer ordinary again, with its whole weight."""
+    alone = cast(Any, layer)
+    product: AloneProduct = alone.gap_product
+    if alone._parameters["weight"] is product.placeholder:
+        weight = product.dense_weight(alone)
+        alone._parameters["weight"] = nn.Parameter(weight, requires_grad=product.placeholder.requires_grad)
+    del alone.gap_product
+    alone.__class__ = ORDINARY[type(layer)]

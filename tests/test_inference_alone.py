@@ -1,0 +1,191 @@
+"""Live weights alone: dense weights are given up, and everything that asks for one gets what it was, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_inference import fresh, prune  # noqa: F401  # a fixture
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from gap_hf import GaPError, inference_report, optimize_for_inference, restore
+from gap_hf.inference import compiled
+from gap_hf.inference.alone import AloneConv1D, AloneLinear
+from tests import toys
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+def model_of(rows: int = 1, sparsity: float = 0.9) -> nn.Sequential:
+    """An odd number of outputs where there are no blocks; the second layer lies the other way round."""
+    torch.manual_seed(0)
+    wide = 48 if rows > 1 else 43
+    model = nn.Sequential(nn.Linear(40, wide), nn.GELU(), Conv1D(48, wide), nn.Linear(48, 8)).requires_grad_(False)
+    prune(model[0].weight, rows, sparsity)  # type: ignore[arg-type]
+    prune(model[2].weight.t(), rows, sparsity, seed=1)  # type: ignore[operator]
+    return model.eval()
+
+
+def parameters_in_memory(model: nn.Module) -> int:
+    return sum(p.untyped_storage().nbytes() for p in model.parameters())
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of what products hold."""
+    forms = [m.gap_product.form for m in model.modules() if isinstance(m, AloneLinear | AloneConv1D)]
+    return sum(a.numel() * a.element_size() for form in forms for a in form.arrays)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_weights_are_what_they_were(rows: int, dtype: torch.dtype) -> None:
+    model = model_of(rows).to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    inputs = [torch.randn(tokens, 40).to(dtype) for tokens in (1, 2, 7, 65, 300)]
+    want = [model(x) for x in inputs]
+    dense = parameters_in_memory(model)
+    assert optimize_for_inference(model, keep_dense=False) is model
+    assert [type(m) for m in model] == [AloneLinear, nn.GELU, AloneConv1D, nn.Linear]
+    assert parameters_in_memory(model) < 0.35 * dense  # the last layer is dense
+    for x, y in zip(inputs, want, strict=True):
+        torch.testing.assert_close(model(x), y, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-2)
+    assert toys.same_tensors(dict(model.state_dict()), dict(before))
+    forms = [set(report.forms.values()) for report in inference_report(model)]
+    assert forms == [{"blocks" if rows > 1 else "singles"}] * 2
+    restore(model)
+    assert [type(m) for m in model] == [nn.Linear, nn.GELU, Conv1D, nn.Linear]
+    assert toys.same_tensors(dict(model.state_dict()), dict(before))
+    assert all(not p.requires_grad for p in model.parameters())
+    for x, y in zip(inputs, want, strict=True):
+        assert torch.equal(model(x), y)
+
+
+def test_what_is_held_is_an_eighth_of_the_dense_weight() -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024))
+    prune(model[0].weight, 16)  # type: ignore[arg-type]
+    optimize_for_inference(model, keep_dense=False)
+    assert held(model) < 0.11 * 4 * 1024**2  # a value for each live weight, an input for each block
+    singles = nn.Sequential(nn.Linear(1024, 1024))
+    prune(singles[0].weight)  # type: ignore[arg-type]
+    optimize_for_inference(singles, keep_dense=False)
+    assert held(singles) < 0.18 * 4 * 1024**2  # slices are as long as their fullest output
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_input_that_is_not_finite_gives_what_dense_gives(bad: float) -> None:
+    model = model_of()
+    x = torch.randn(5, 40)
+    x[1, 2] = bad
+    want = model[0](x)
+    optimize_for_inference(model, keep_dense=False)
+    torch.testing.assert_close(model[0](x), want, equal_nan=True)
+
+
+def test_gradients_and_autocast_run_dense() -> None:
+    model = model_of()
+    x = torch.randn(5, 40, requires_grad=True)
+    (want,) = torch.autograd.grad(model(x).sum(), x)
+    optimize_for_inference(model, keep_dense=False)
+    (got,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype is torch.bfloat16
+
+
+def test_copies_pickles_and_moves() -> None:
+    model = model_of(8)
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(3, 40)
+    want = model(x)
+    optimize_for_inference(model, keep_dense=False)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):  # written a line above
+        assert type(other[0]) is nn.Linear and type(other[2]) is Conv1D
+        assert toys.same_tensors(dict(other.state_dict()), dict(before))
+        assert torch.equal(other(x), want)
+    assert model.to("cpu") is model and type(model[0]) is AloneLinear
+    torch.testing.assert_close(model(x), want)
+    model.bfloat16()
+    assert type(model[0]) is AloneLinear and model(x.bfloat16()).dtype is torch.bfloat16
+    model.double()
+    assert type(model[0]) is nn.Linear and model(x.double()).dtype is torch.float64
+
+
+def test_weights_that_are_loaded_or_put_there_count() -> None:
+    model, other = model_of(8), model_of(8)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    optimize_for_inference(model, keep_dense=False)
+    model.load_state_dict(other.state_dict())
+    x = torch.randn(3, 40)
+    assert torch.equal(model(x), other(x))
+    optimize_for_inference(model, keep_dense=False)
+    model[0].weight = nn.Parameter(torch.ones(48, 40))
+    assert torch.equal(model[0](x), nn.functional.linear(x, torch.ones(48, 40), model[0].bias))  # type: ignore[arg-type]
+    assert torch.equal(model.state_dict()["0.weight"], torch.ones(48, 40))
+
+
+def test_whoever_reads_the_weight_past_the_layer_gets_nan() -> None:
+    model = optimize_for_inference(model_of(), keep_dense=False)
+    weight: Any = model[0].weight
+    assert weight.shape == (43, 40) and weight.dtype is torch.float32 and weight.device.type == "cpu"
+    assert bool(weight.isnan().all())
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model_of().parameters())
+
+
+def test_once_more_and_back_to_keeping() -> None:
+    model = model_of(8)
+    before = copy.deepcopy(model.state_dict())
+    for keep in (False, False, True, False):
+        optimize_for_inference(model, keep_dense=keep)
+        assert (type(model[0]) is AloneLinear) is not keep
+    assert toys.same_tensors(dict(model.state_dict()), dict(before))
+
+
+def test_shared_weights_are_kept() -> None:
+    model = model_of(8)
+    twin = nn.Linear(40, 48)
+    twin.weight = model[0].weight  # type: ignore[assignment]
+    both = nn.ModuleList([model, twin])
+    optimize_for_inference(both, keep_dense=False)
+    assert type(model[0]) is not AloneLinear and type(model[2]) is AloneConv1D
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(model[0](x) - model[0].bias, twin(x) - twin.bias)  # type: ignore[operator]
+
+
+def sparse_lm() -> Any:
+    model = toys.causal_lm(n_embd=32).eval()
+    for name, parameter in model.named_parameters():
+        if ".h." in name and parameter.ndim == 2:
+            prune(parameter.t(), 8)  # GPT-2's layers lie the other way round
+    return model
+
+
+def test_a_model_generates_saves_and_serves(tmp_path: Path) -> None:
+    model = sparse_lm()
+    tokens = torch.arange(5, 13)[None]
+    want = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    weights = copy.deepcopy(model.state_dict())
+    optimize_for_inference(model, keep_dense=False)
+    assert torch.equal(model.generate(tokens, max_new_tokens=6, do_sample=False), want)
+    model.save_pretrained(tmp_path)
+    assert toys.same_tensors(dict(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()), dict(weights))
+    model.to("cpu")  # as a pipeline does
+    assert torch.equal(model.generate(tokens, max_new_tokens=6, do_sample=False), want)
+
+
+def test_without_a_compiler_it_is_refused_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_llvm", lambda: None)
+    model = model_of(8)
+    before: dict[str, Tensor] = copy.deepcopy(model.state_dict())
+    with pytest.raises(GaPError, match=r"keep_dense: found False, which needs the kernels"):
+        optimize_for_inference(model, keep_dense=False)
+    assert type(model[0]) is nn.Linear and toys.same_tensors(dict(model.state_dict()), before)
