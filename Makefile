@@ -44,6 +44,7 @@ bench-format: $(VENV)/.bench  ## bytes, load time and memory of the packed form,
 bench-inference: $(VENV)/.bench  ## sparse layers against the best dense fp32 of torch and ONNX Runtime, on this CPU
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/output_layer.py
+	$(BIN)/python benchmarks/live_weights.py
 
 scaling-docs: $(VENV)/.bench  ## the numbers in docs/scaling.md, from what was recorded
 	$(BIN)/python benchmarks/communication.py --table --into docs/scaling.md

@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 def highest_anonymous(call: Callable[[], Any]) -> int:
     """Highest anonymous memory while `call` runs, above that before it, in bytes."""
-    before = _anonymous()
+    before = anonymous()
     highest, stop = [before], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.001):
-            highest[0] = max(highest[0], _anonymous())
+            highest[0] = max(highest[0], anonymous())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -49,7 +49,8 @@ def from_child(script: str, *words: str) -> Any:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def _anonymous() -> int:
+def anonymous() -> int:
+    """Now, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
