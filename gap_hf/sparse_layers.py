@@ -116,7 +116,7 @@ class _Computed:
             # How live weights lie is looked at only where blocks, which gain the soonest, would gain.
             num_live = 0 if mask is None else int(torch.count_nonzero(mask))
             if mask is not None and is_worth_it(num_live, mask.numel(), rows=8) and weight.is_contiguous():
-                self._products = _made(layer.matrix(mask))
+                self._products = _made(layer.matrix(mask.contiguous()))  # as the weight lies
         return self._products
 
     @property

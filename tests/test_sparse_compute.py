@@ -234,6 +234,23 @@ def test_inputs_of_any_layout_and_gradients_that_are_not_asked_for(calls: dict[s
     torch.testing.assert_close(result, model(turned), rtol=1e-4, atol=1e-5)
 
 
+def test_masks_of_any_layout_and_optimizers_that_write_past_the_version_counter(calls: dict[str, int]) -> None:
+    model, sparsifier = two()
+    for name in sparsifier.masks:
+        mask = sparsifier.masks[name]
+        assert mask is not None
+        sparsifier.masks.set(name, mask.t().contiguous().t())
+    x = torch.randn(40, 48)
+    with sparse_compute(sparsifier):
+        model(x)
+        for parameter in model.parameters():
+            parameter.data.add_(0.1)  # as some optimizers do
+        sparsifier.mask_weights()
+        got = gradients(model, x)
+    assert calls["output"] == 4
+    assert_same_but_for_masked(got, gradients(model, x), sparsifier)
+
+
 def test_weights_are_followed_and_a_change_before_backward_is_an_error() -> None:
     model, sparsifier = two()
     x = torch.randn(40, 48)
