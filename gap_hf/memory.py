@@ -56,10 +56,7 @@ class MemoryForecast:
         with self._mode:
             self._model: Any = make_model().train()
             if checkpointing:
-                new = getattr(
-                    self._model, "activation_checkpointing_enable", None
-                )  # its name from transformers 5.20 or so on
-                (new or self._model.gradient_checkpointing_enable)()
+                enable_checkpointing(self._model)
             self._batch = make_batch(self._model)
             _freeze(self._model)
         self._params = {clean_name(n): p for n, p in self._model.named_parameters() if p.requires_grad}
@@ -172,6 +169,12 @@ class _SizedPlaces(_Places):
 
 def _state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     return (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Have a transformers model compute its activations again in backward."""
+    new = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 or so on
+    (new or model.gradient_checkpointing_enable)()
 
 
 def batch_of(model: nn.Module, *, size: int, tokens: int | None = None) -> dict[str, Tensor]:

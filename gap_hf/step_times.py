@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gap_hf.config import GaPConfig
+from gap_hf.memory import enable_checkpointing
 from gap_hf.optimizer_state import unwrap
 from gap_hf.packed_gradients import PackedGradients
 from gap_hf.sparse_layers import sparse_compute
@@ -59,10 +60,7 @@ class StepTimer:
     ) -> None:
         self._model: Any = make_model().to(device).train()
         if checkpointing:
-            new = getattr(
-                self._model, "activation_checkpointing_enable", None
-            )  # its name from transformers 5.20 or so on
-            (new or self._model.gradient_checkpointing_enable)()
+            enable_checkpointing(self._model)
         self._batch = {key: value.to(device) for key, value in make_batch(self._model).items()}
         self._make_optimizer, self._config = make_optimizer, config
         self._lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}

@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sparse_products",
         "targets",
     },
-    "step_times": {"config", "optimizer_state", "packed_gradients", "sparse_layers", "sparsifier"},
+    "step_times": {"config", "memory", "optimizer_state", "packed_gradients", "sparse_layers", "sparsifier"},
     "recipe": _CORE | {"coercion"},
     "report": _CORE | {"checkpoint", "planning", "recipe"},
     "output": _CORE | {"checkpoint"},
