@@ -36,7 +36,7 @@ from torch.optim import AdamW
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, set_seed
 
-from gap_hf import GaPConfig, GaPTrainer
+from gap_hf import GaPConfig, GaPTrainer, Sparsifier
 from gap_hf.bench.timing import ratio
 from gap_hf.live_state import LiveState
 from gap_hf.memory import MemoryForecast, batch_of
@@ -117,9 +117,8 @@ def network(size: dict[str, Any]) -> GPT2LMHeadModel:
     )
 
 
-def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bool) -> Watched:
-    model = network(size)
-    config = GaPConfig(
+def gap_config(way: str, sparsity: float) -> GaPConfig:
+    return GaPConfig(
         sparsity=sparsity,
         num_partitions=GROUPS,
         num_rounds=1,
@@ -128,6 +127,10 @@ def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bo
         prune_share=0,
         **(WAYS[way] or {}),
     )
+
+
+def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bool) -> Watched:
+    model = network(size)
     arguments = TrainingArguments(
         folder,
         max_steps=STEPS,
@@ -142,7 +145,7 @@ def make(way: str, size: dict[str, Any], sparsity: float, folder: str, turns: bo
         model=model,
         args=arguments,
         train_dataset=Tokens(64),
-        gap_config=None if WAYS[way] is None else config,
+        gap_config=None if WAYS[way] is None else gap_config(way, sparsity),
         callbacks=[Turns() if turns else Stop()],
     )
     trainer.notes = []
@@ -157,9 +160,7 @@ def measure(ways: list[str], size: dict[str, int], sparsity: float) -> dict[str,
     means = np.array([np.mean(t.notes[in_round], axis=0) for t in trainers])
     gap = trainers[1].gap
     assert gap is not None
-    starts = {phase.start for phase in gap.plan.phases}
-    changed = starts | {start - 1 for start in starts}
-    used, first = [i for i in range(WARM_UP, STEPS - 1) if i not in changed], sorted(starts - {0})
+    used, first = used_steps(gap.plan), [phase.start for phase in gap.plan.phases[1:]]
     model = trainers[0].model
     result: dict[str, Any] = {
         "sparsity": sparsity,
@@ -175,26 +176,27 @@ def measure(ways: list[str], size: dict[str, int], sparsity: float) -> dict[str,
             "step": step.median,
             "step_interval_95": [step.low, step.high],
             "first_step": float(np.median(seconds[first, i] / seconds[first, 0])),
-            "foreseen_step": foreseen_step(way, size, trainers[i].gap_config, gap.plan, used) / step.median,
         }
     return result
 
 
-def foreseen_step(way: str, size: dict[str, Any], config: GaPConfig | None, plan: Plan, used: list[int]) -> float:
+def used_steps(plan: Plan) -> list[int]:
+    """Those without a change of masks before or after them."""
+    starts = {phase.start for phase in plan.phases}
+    return [i for i in range(WARM_UP, STEPS - 1) if i not in starts and i + 1 not in starts]
+
+
+def foreseen_step(way: str, size: dict[str, int], sparsity: float) -> float:
     """Of the measured steps, as a share of a dense step, as it is foreseen."""
-    assert config is not None
-    timer = StepTimer(
-        lambda: network(size),
-        partial(batch_of, size=4, tokens=64),
-        partial(AdamW, fused=True),
-        config,
-        total_steps=STEPS,
-    )
+    config = gap_config(way, sparsity)
+    parts = lambda: network(size), partial(batch_of, size=4, tokens=64), partial(AdamW, fused=True)
+    timer = StepTimer(*parts, config, total_steps=STEPS)
     dense, seconds = timer.dense(), {}
-    for levels in map(plan.levels_at, used):
-        if (key := tuple(sorted(levels))) not in seconds:
-            seconds[key] = timer.sparse(levels)
-    return float(np.median([seconds[tuple(sorted(plan.levels_at(step)))] for step in used])) / dense
+    plan = Sparsifier(network(size), config, total_steps=STEPS).plan
+    keys = [tuple(sorted(plan.levels_at(step))) for step in used_steps(plan)]
+    for key in set(keys):
+        seconds[key] = timer.sparse(key)
+    return float(np.median([seconds[key] for key in keys])) / dense
 
 
 def peak_of(way: str, size: dict[str, int], sparsity: float) -> int:
@@ -234,7 +236,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     if args.child:
         what, way, size, sparsity = args.child
-        measure_child = {"process": peak_of, "allocator": allocated_by}[what]
+        measure_child: Any = {"process": peak_of, "allocator": allocated_by, "time": foreseen_step}[what]
         print(json.dumps(measure_child(way, (SIZES | QUICK)[size], float(sparsity))))
         return
     rows = []
@@ -248,6 +250,8 @@ def main() -> None:
             for way in args.ways:
                 row[way]["peak"] = peaks[way] / peaks["trainer"]
                 row[way]["allocated"] = bytes_of[way]["measured"] / bytes_of["trainer"]["measured"]
+                foreseen = from_child(__file__, "time", way, name, str(sparsity))
+                row[way]["foreseen_step"] = foreseen / row[way]["step"]
                 row[way]["foreseen"] = bytes_of[way]["foreseen"] / bytes_of[way]["measured"]
             rows.append(row)
             print(table(rows[-1:]), flush=True)
