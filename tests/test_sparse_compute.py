@@ -73,7 +73,7 @@ def assert_close(got: Tensor, want: Tensor, magnitude: Tensor) -> None:
     assert bool((error <= 8 * torch.finfo(torch.float32).eps * magnitude + 1e-30).all()), float(error.max())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     rows=st.sampled_from([1, 8, 16, 32]),
     groups=st.integers(1, 9),
@@ -138,8 +138,8 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("lanes", "registers"), [(16, 32), (4, 16), (4, 32)], ids=["avx512", "sse", "neon"])
-@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("lanes", "registers"), [(16, 32), (4, 32)], ids=["avx512", "neon"])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_kernels_that_are_written_for_other_registers(
     rows: int, lanes: int, registers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,9 +358,11 @@ def assert_agree(a: GaPTrainer, b: GaPTrainer) -> None:
         torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [SPARSE, BLOCKS], ids=["unstructured", "blocks"])
-@pytest.mark.parametrize("live_state", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("config", "live_state", "accumulation"),
+    [(SPARSE, False, 2), (SPARSE, True, 1), (BLOCKS, True, 2)],
+    ids=["single weights", "single weights, live state", "blocks, live state"],
+)
 def test_a_run_is_masked_dense_trainings_to_rounding(
     tmp_path: Path, config: GaPConfig, live_state: bool, accumulation: int, calls: dict[str, int]
 ) -> None:
@@ -375,7 +377,7 @@ def test_a_run_is_masked_dense_trainings_to_rounding(
 
 def test_a_longer_run_with_ramps_under_adamw(tmp_path: Path) -> None:
     config = GaPConfig(sparsity=0.9, num_partitions=2, num_rounds=2, sparse_compute=True)
-    changes = {"max_steps": 150, "optim": "adamw_torch_fused", "learning_rate": 1e-3, "logging_steps": 50}
+    changes = {"max_steps": 80, "optim": "adamw_torch_fused", "learning_rate": 1e-3, "logging_steps": 20}
     sparse, dense = (run(tmp_path, config.replace(sparse_compute=on), **changes) for on in (True, False))
 
     def losses(trainer: GaPTrainer) -> list[float]:
