@@ -375,6 +375,14 @@ def test_a_run_is_masked_dense_trainings_to_rounding(
     assert {type(m).__name__ for m in sparse.model.modules()} == {type(m).__name__ for m in dense.model.modules()}  # type: ignore[union-attr]
 
 
+def test_three_hundred_steps_clipped_and_decayed(tmp_path: Path) -> None:
+    """Three changes of masks and more; the rate is small enough for rounding not to grow."""
+    changes = {"max_steps": 300, "max_grad_norm": 1.0, "weight_decay": 0.01, "logging_steps": 50}
+    sparse = run(tmp_path, BLOCKS.replace(live_state=True), **changes)
+    assert_agree(sparse, run(tmp_path, BLOCKS.replace(sparse_compute=False), **changes))
+    assert_masked_weights_are_zero(sparse)
+
+
 def test_a_longer_run_with_ramps_under_adamw(tmp_path: Path) -> None:
     config = GaPConfig(sparsity=0.9, num_partitions=2, num_rounds=2, sparse_compute=True)
     changes = {"max_steps": 80, "optim": "adamw_torch_fused", "learning_rate": 1e-3, "logging_steps": 20}
