@@ -30,8 +30,10 @@ def backward(model: nn.Module, step: int) -> None:
         (model(inputs).float() - 1).square().mean().backward()
 
 
-def packed(make: MakeOptimizer, config: GaPConfig, steps: int) -> tuple[dict[str, Tensor], Sparsifier, Any]:
-    model = network().bfloat16()
+def packed(
+    make: MakeOptimizer, config: GaPConfig, steps: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[dict[str, Tensor], Sparsifier, Any]:
+    model = network().to(dtype)
     optimizer = make(list(model.parameters()))
     sparsifier = Sparsifier(model, config.replace(**MASTERS), total_steps=steps, optimizer=optimizer)
     sparsifier.start()
@@ -46,9 +48,11 @@ def packed(make: MakeOptimizer, config: GaPConfig, steps: int) -> tuple[dict[str
     return {n: p.detach().clone() for n, p in model.named_parameters()}, sparsifier, optimizer
 
 
-def with_whole_masters(make: MakeOptimizer, config: GaPConfig, steps: int) -> tuple[dict[str, Tensor], Sparsifier]:
+def with_whole_masters(
+    make: MakeOptimizer, config: GaPConfig, steps: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Sparsifier]:
     """The plain way: a second model of fp32 masters, masked as dense training is, and a bf16 one that is its rounding."""
-    model, masters = network().bfloat16(), network().bfloat16().float()
+    model, masters = network().to(dtype), network().to(dtype).float()
     pairs = list(zip(model.parameters(), masters.parameters(), strict=True))
     optimizer = make(list(masters.parameters()))
     sparsifier = Sparsifier(masters, config, total_steps=steps, optimizer=optimizer)
@@ -72,18 +76,20 @@ def with_whole_masters(make: MakeOptimizer, config: GaPConfig, steps: int) -> tu
         with torch.no_grad():  # masks are chosen by what the model has, which is the rounding
             exact = [master.detach().clone() for _, master in pairs]
             for _, master in pairs:
-                master.copy_(master.bfloat16().float())
+                master.copy_(master.to(dtype).float())
             sparsifier.advance(step + 1)
             masked = {id(p): m for p, m in sparsifier.masks.sparse_params()}
             for (_, master), value in zip(pairs, exact, strict=True):
                 master.copy_(value * masked.get(id(master), 1))
-    return {n: p.detach().bfloat16() for n, p in masters.named_parameters()}, sparsifier
+    return {n: p.detach().to(dtype) for n, p in masters.named_parameters()}, sparsifier
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_three_hundred_steps_equal_training_with_whole_masters(name: str) -> None:
-    ours, sparsifier, optimizer = packed(MAKE[name], GAP, 300)
-    theirs, plain = with_whole_masters(MAKE[name], GAP, 300)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in MAKE), ("adamw-fused", torch.float16)]
+)
+def test_three_hundred_steps_equal_training_with_whole_masters(name: str, dtype: torch.dtype) -> None:
+    ours, sparsifier, optimizer = packed(MAKE[name], GAP, 300, dtype)
+    theirs, plain = with_whole_masters(MAKE[name], GAP, 300, dtype)
     assert len(sparsifier.plan.phases) == 4  # three changes
     assert sparsifier.masks.digest() == plain.masks.digest()
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
