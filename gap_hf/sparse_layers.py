@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gap_hf.errors import GaPError
 from gap_hf.inference import compiled
+from gap_hf.inference.layers import CopiesAreOrdinary, SparseConv1D, SparseLinear
 from gap_hf.sparse_products import MIN_TOKENS, MIN_WEIGHTS, NotCompiled, Products, is_worth_it
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def install(sparsifier: Sparsifier) -> list[str]:
     found = layers_of(sparsifier.model, {param: name for name, param in sparsifier.masks.params.items()})
     for module, name in found.items():
         cast(Any, module).__class__ = _SPARSE[type(module)]
-        module.gap_sparse = cast(Any, _Computed(sparsifier, name))
+        module.gap_product = cast(Any, _Computed(sparsifier, name))
     return list(found.values())
 
 
@@ -91,7 +92,7 @@ def remove(model: nn.Module | None) -> None:
     for module in () if model is None else model.modules():
         if type(module) in _ORDINARY:
             cast(Any, module).__class__ = _ORDINARY[type(module)]
-            del module.gap_sparse
+            del module.gap_product
 
 
 class _Computed:
@@ -114,7 +115,7 @@ class _Computed:
         if (mask := self.sparsifier.masks[self.name]) is not self._mask:
             self._mask, self._products = mask, None
             # How live weights lie is looked at only where blocks, which gain the soonest, would gain.
-            num_live = 0 if mask is None else int(torch.count_nonzero(mask))
+            num_live = self.sparsifier.masks.live(self.name)
             if mask is not None and is_worth_it(num_live, mask.numel(), rows=8) and weight.is_contiguous():
                 self._products = _made(layer.matrix(mask.contiguous()))  # as the weight lies
         return self._products
@@ -173,40 +174,12 @@ class _Product(torch.autograd.Function):
         return gx, of_weight, of_bias, None, None, None
 
 
-class _Ordinary:
-    """Copies and pickles of such a layer, as an average of weights makes them, are ordinary layers."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in vars(self).items() if key != "gap_sparse"}
-        return object.__new__, (_ORDINARY[cast(Any, type(self))],), state
+class _SparseLinear(CopiesAreOrdinary, SparseLinear):
+    gap_product: Any
 
 
-class _SparseLinear(_Ordinary, nn.Linear):
-    gap_sparse: _Computed
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.gap_sparse(self, input)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def dense(self, x: Tensor) -> Tensor:
-        return nn.Linear.forward(self, x)
-
-
-class _SparseConv1D(_Ordinary, Conv1D):
-    """GPT-2's layer, of which the weight is (K, N)."""
-
-    gap_sparse: _Computed
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gap_sparse(self, x)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def dense(self, x: Tensor) -> Tensor:
-        return Conv1D.forward(self, x)
+class _SparseConv1D(CopiesAreOrdinary, SparseConv1D):
+    gap_product: Any
 
 
 _Layer = _SparseLinear | _SparseConv1D

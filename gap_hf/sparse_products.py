@@ -105,14 +105,9 @@ class Products:
         else:
             outputs = _transposed(gy, padded)
         gradient = torch.zeros_like(weight)
-        threads = torch.get_num_threads()
-        team = None if threads == 1 or compiled.has_forked() else self._weight.team
         tensors = (self._placed, inputs, outputs, gradient)
         call = (*(t.data_ptr() for t in tensors), None, padded)
-        if team is None:
-            self._weight.share(*call, 0, 1)
-        else:
-            team(*call, threads)
+        self._weight.run(call, self._weight.threads(torch.get_num_threads()))
         return gradient
 
     def num_bytes(self) -> int:

@@ -320,7 +320,7 @@ def test_copies_and_pickles_are_ordinary() -> None:
     loaded = torch.load(file, weights_only=False)  # written a line above
     for other in (twin, averaged.module, loaded, model):
         assert type(other.first) is nn.Linear and type(other.second) is Conv1D
-        assert not hasattr(other.first, "gap_sparse")
+        assert not hasattr(other.first, "gap_product")
         assert same_tensors(dict(other.state_dict()), dict(model.state_dict()))
 
 

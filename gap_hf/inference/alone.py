@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gap_hf.errors import GaPError
 from gap_hf.inference.forms import FORMS, CompiledForm, candidates
-from gap_hf.inference.layers import ORDINARY, SparseConv1D, SparseLinear
+from gap_hf.inference.layers import ORDINARY, CopiesAreOrdinary, SparseConv1D, SparseLinear
 from gap_hf.inference.product import Layer, Packed, Product, is_allowed
 from gap_hf.inference.zeros import structure_of
 
@@ -44,7 +44,7 @@ class AloneProduct(Product):
         return layer.matrix(self.form.matrix()).contiguous()  # turning twice is turning back
 
 
-class _Alone:
+class _Alone(CopiesAreOrdinary):
     """What a layer without its weight does differently."""
 
     gap_product: Any
@@ -67,14 +67,12 @@ class _Alone:
             give_up(me)
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Copies and pickles are ordinary layers: compiled code and addresses mean nothing elsewhere.
-        me = cast(Any, self)
-        state = {key: value for key, value in vars(self).items() if key != "gap_product"}
+    def ordinary_state(self) -> dict[str, Any]:
+        me, state = cast(Any, self), super().ordinary_state()
         if me._parameters["weight"] is self.gap_product.placeholder:
             weight = nn.Parameter(self.gap_product.dense_weight(me), self.gap_product.placeholder.requires_grad)
             state["_parameters"] = {**me._parameters, "weight": weight}
-        return object.__new__, (ORDINARY[cast(Any, type(self))],), state
+        return state
 
 
 class AloneLinear(_Alone, SparseLinear):

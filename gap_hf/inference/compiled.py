@@ -37,6 +37,14 @@ class Compiled:
     scratch: Callable[[int, int], int]
     owner: Any
 
+    def threads(self, wanted: int) -> int:
+        """How many it can have here."""
+        return 1 if self.team is None or has_forked() else wanted
+
+    def run(self, call: tuple[int | None, ...], threads: int) -> int:
+        """All of it on so many threads, no more than `threads` allows."""
+        return self.share(*call, 0, 1) if threads == 1 or self.team is None else self.team(*call, threads)
+
 
 def available() -> bool:
     """Whether kernels can be compiled here; if not, one warning in the life of the process says why."""

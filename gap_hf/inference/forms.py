@@ -37,34 +37,33 @@ class CompiledForm:
     ) -> None:
         num_out, num_in = shape
         self.takes, self.gives = (num_out, num_in) if turned else (num_in, num_out)
-        self.dtype, self.values, self.always_scratch = values.dtype, values, turned
+        self.dtype, self.always_scratch = values.dtype, turned
         arrays = [order.starts, order.columns, values] + ([] if order.lengths is None else [order.lengths])
         self.arrays, self.scratch = arrays, kernel.scratch(num_out, num_in)
         sizes = [num_in, num_out, len(order.starts) - 1, self.scratch]
         self.layer = torch.tensor([*sizes, *(array.data_ptr() for array in arrays)], dtype=torch.int64)
         self.no_bias = torch.zeros(self.gives)
-        self.starts, self.columns, self.lengths = order.starts, order.columns, order.lengths
-        self.shape, self.owner = shape, kernel.owner
-        self._share, self._team = kernel.share, kernel.team
+        self.shape, self.kernel = shape, kernel
         self._layer_address, self._no_bias_address = self.layer.data_ptr(), self.no_bias.data_ptr()
 
     def matrix(self) -> Tensor:
         """The (N, K) weight, made anew of its live values."""
         num_out, num_in = self.shape
-        starts = self.starts.long()
+        starts, columns, values, *lengths = self.arrays
+        starts, columns = starts.long(), columns.long()
         group = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
-        if self.lengths is None:
+        if not lengths:
             width = num_out // (len(starts) - 1)
             output = group[:, None] * width + torch.arange(width)
-            column = self.columns.long()[:, None].expand_as(output)
+            column = columns[:, None].expand_as(output)
             is_live = torch.ones_like(output, dtype=torch.bool)
         else:
             output = group[:, None] * _SLICE + torch.arange(_SLICE)
             rank = torch.arange(len(group)) - starts[group]
-            lengths = torch.nn.functional.pad(self.lengths, (0, -num_out % _SLICE))
-            is_live, column = rank[:, None] < lengths[output], self.columns.long().view(-1, _SLICE)
+            length = torch.nn.functional.pad(lengths[0], (0, -num_out % _SLICE))
+            is_live, column = rank[:, None] < length[output], columns.view(-1, _SLICE)
         out = torch.zeros(num_out, num_in, dtype=self.dtype)
-        out[output[is_live], column[is_live]] = self.values.view(output.shape)[is_live]
+        out[output[is_live], column[is_live]] = values.view(output.shape)[is_live]
         return out
 
     def __call__(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
@@ -72,16 +71,15 @@ class CompiledForm:
         if self.dtype is not torch.float32:
             x, bias = x.float(), None if bias is None else bias.float()
         y = x.new_empty((*x.shape[:-1], self.gives))
-        team = None if threads == 1 or compiled.has_forked() else self._team
+        threads = self.kernel.threads(threads)
         if self.scratch and (tokens > 1 or self.always_scratch):
-            scratch = torch.empty(self.scratch if team is None else threads * self.scratch)
+            scratch = torch.empty(threads * self.scratch)
             scratch_address = scratch.data_ptr()
         else:
             scratch_address = None
         bias_address = self._no_bias_address if bias is None else bias.data_ptr()
         call = (self._layer_address, x.data_ptr(), bias_address, y.data_ptr(), scratch_address, tokens)
-        num_bad = self._share(*call, 0, 1) if team is None else team(*call, threads)
-        if num_bad:
+        if self.kernel.run(call, threads):
             return None
         return y if self.dtype is torch.float32 else y.to(self.dtype)
 

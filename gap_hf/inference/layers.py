@@ -4,6 +4,8 @@ names, hooks and ties stay what they are, and changing the class back is all the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -65,6 +67,18 @@ class SparseConv1D(Conv1D):
 
     def kind(self) -> str:
         return " (in, out)"
+
+
+class CopiesAreOrdinary:
+    """Copies and pickles of such a layer, as an average of weights makes them, are layers of the ordinary class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        ordinary = next(cls for cls in type(self).__mro__ if cls in SPARSE)
+        return object.__new__, (ordinary,), self.ordinary_state()
+
+    def ordinary_state(self) -> dict[str, Any]:
+        """What the ordinary layer would have."""
+        return {key: value for key, value in vars(self).items() if key != "gap_product"}
 
 
 class SparseConv2d(nn.Conv2d):
