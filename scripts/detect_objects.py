@@ -4,7 +4,7 @@
 
 The recipe (gap, model, data, training) says everything about a run; docs are in `gap_hf.recipe`, `ModelSection` and
 `DataSection`. The output folder holds the model, the masks, the recipe as it was run, results.json, detections.png
-and plot.png. Everything is scored on the dev set, as COCO has no other one with public boxes.
+and plot.png. Where the data have a test set, it is scored once, at the end; COCO's has no public boxes, so its dev set is.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
         model, classes, form = load_model(recipe.model, splits.names)
     train_set = DetectionSet(splits.train, form, classes=classes, augmentation=data.augmentation)
     dev_set = DetectionSet(splits.dev, form, classes=classes)
+    split, scored = splits.scored(data.score)
 
     total_steps, steps_per_epoch = count_optimizer_steps(count_batches(len(train_set), args), args)
     cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
@@ -110,14 +111,17 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
     trainer.save_model()
     trainer.save_state()
 
-    loss = trainer.evaluate()["eval_loss"]
+    # The test set is looked at here and nowhere else: no choice is ever made by it.
+    trainer.score_on(scored, splits.names, classes)
+    prefix = "eval" if split == "dev" else split
+    loss = trainer.evaluate(DetectionSet(scored, form, classes=classes), metric_key_prefix=prefix)[f"{prefix}_loss"]
     if trainer.is_world_process_zero():
         results = {
             "command": " ".join(["python", *sys.argv]),
             **trainer.figures,
             "loss": loss,
-            "scored": "dev",
-            "dev_images": len(splits.dev),
+            "scored": split,
+            f"{split}_images": len(scored),
             **sparsity_of(trainer, model),
             "steps": trainer.state.global_step,
             "seconds": round(train_seconds, 1),
@@ -130,7 +134,7 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
         (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
         plan = trainer.gap.plan if trainer.gap is not None else None
         run_figure(trainer.state.log_history, plan, scores=("map", "map_50")).savefig(output / "plot.png", dpi=130)
-        shown = splits.dev[: data.num_drawn]
+        shown = scored[: data.num_drawn]
         if shown:
             path = output / "detections.png"
             draw_detections(shown, trainer.found, splits.names, path, threshold=data.draw_threshold)

@@ -492,12 +492,12 @@ def write_mnist(folder: Path, number: int = 20) -> None:
 def test_digits(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     pair = read_mnist(tmp_path, "train")
-    made = list(make_digits(*pair, 40, size=64, seed=3))
+    made = list(make_digits(*pair, 40, size=64, seed=(3,)))
     for (a, boxes_a, labels_a), (b, boxes_b, labels_b) in zip(
-        made, make_digits(*pair, 30, size=64, seed=3), strict=False
+        made, make_digits(*pair, 30, size=64, seed=(3,)), strict=False
     ):
         assert (a == b).all() and (boxes_a == boxes_b).all() and (labels_a == labels_b).all()
-    assert any((a[0] != b[0]).any() for a, b in zip(made, make_digits(*pair, 5, size=64, seed=4), strict=False))
+    assert any((a[0] != b[0]).any() for a, b in zip(made, make_digits(*pair, 5, size=64, seed=(4,)), strict=False))
     assert {len(boxes) for _, boxes, _ in made} == {1, 2, 3, 4}
     for pixels, boxes, labels in made:
         assert pixels.shape == (64, 64) and pixels.dtype == np.uint8 and labels.dtype == np.int64
@@ -518,8 +518,24 @@ def test_digits(tmp_path: Path) -> None:
                 areas = [np.prod(box[2:] - box[:2]) for box in (boxes[i], boxes[j])]
                 assert np.prod(np.clip(high - low, 0, None)) <= 0.1 * min(areas)
 
-    splits = load_splits(DataSection(builtin="digits", folder=tmp_path, num_train=6, num_dev=3, max_train_samples=5))
-    assert (len(splits.train), len(splits.dev), splits.names[3]) == (5, 3, "3")
+
+def test_splits_of_digits(tmp_path: Path) -> None:
+    """Train, dev and test are made of other digits each, at other places."""
+    write_mnist(tmp_path)
+    section = DataSection(builtin="digits", folder=tmp_path, num_train=6, num_dev=4, num_test=3, max_train_samples=5)
+    splits = load_splits(section)
+    assert (len(splits.train), len(splits.dev), len(splits.test), splits.names[3]) == (5, 4, 3, "3")
+    assert splits.scored(None) == splits.scored("test") == ("test", splits.test)
+    assert splits.scored("dev") == ("dev", splits.dev)
+    train, _ = read_mnist(tmp_path, "train")
+    labels = [set(np.concatenate([sample.labels for sample in split])) for split in (splits.train, splits.dev)]
+    own = np.arange(len(train)) % 10
+    assert len(train) == 20 and labels[0] <= set(own[:17]) and labels[1] <= set(own[17:])
+    places = [split[0].boxes[:, :2].tolist() for split in (splits.train, splits.dev, splits.test)]
+    assert places[0] != places[1] != places[2] != places[0]
+    with pytest.raises(GaPError, match="has 1 training digit, expected at least 2"):
+        write_mnist(tmp_path, 1)
+        load_splits(section)
 
 
 def test_broken_digits(tmp_path: Path) -> None:
@@ -541,6 +557,7 @@ def test_broken_digits(tmp_path: Path) -> None:
 def write_recipe(folder: Path, model: dict[str, Any]) -> Path:
     write_coco(folder / "train", 8)
     write_coco(folder / "dev", 3)
+    write_coco(folder / "test", 2)
     recipe = {
         "gap": {"sparsity": 0.8, "num_partitions": 2, "num_rounds": 1, "fine_tune_share": 0.25},
         "model": model,
@@ -589,6 +606,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: dict[s
     results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
     assert 0 <= results["map"] <= results["map_50"] <= 1 and results["per_class"].keys() == {"bar", "square"}
     assert results["at_target"] and results["dev_images"] == 3 and len(results["dev"]) == 3
+    assert results["scored"] == "dev" and "on 3 dev images" in out
     loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
     params = dict(loaded.named_parameters())
     for layer in results["layers"]:
@@ -627,7 +645,25 @@ def test_dense_and_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     other, classes, _ = load_model(ModelSection(checkpoint=tmp_path / "run"), ["a", "b", "c"])
     assert classes == [0, 1, 2] and other.config.num_labels == 3
     assert all(p.isfinite().all() for p in other.parameters())
-    capsys.readouterr()
+    assert results["scored"] == "dev" and "on 3 dev images" in capsys.readouterr().out
+
+
+def test_a_test_set_is_scored_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end, and never while training goes on, which dev is for."""
+    recipe = write_recipe(tmp_path, {"type": "gap_hf_ssd", "config": TINY_SSD})
+    words = ["--gap.method=dense", "--training.save_strategy=no", f"--data.test_images={tmp_path}/test"]
+    words.append(f"--data.test_annotations={tmp_path}/test/annotations.json")
+    assert detect_objects.main([str(recipe), *words]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text(encoding="utf-8"))
+    assert results["scored"] == "test" and results["test_images"] == 2 and "dev_images" not in results
+    assert "on 2 test images" in capsys.readouterr().out
+    assert [entry["step"] for entry in results["dev"]] == [4, 8]
+    splits = load_splits(
+        load_recipe(recipe, words, model_cls=ModelSection, data_cls=DataSection, training_cls=TrainingArguments).data
+    )
+    assert [len(split) for split in (splits.train, splits.dev, splits.test)] == [8, 3, 2]
+    assert detect_objects.main([str(recipe), *words, "--data.score=dev", "--training.overwrite_output_dir=true"]) == 0
+    assert "on 3 dev images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -646,6 +682,10 @@ def test_dense_and_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("--data.builtin=letters", "data.builtin: found 'letters', expected one of digits"),
         ("--data.builtin=digits", "data.train_images: contradicts data.builtin"),
         ("--data.dev_images=null", "data.dev_images: not set"),
+        ("--data.test_images=test", "data.test_annotations: not set"),
+        ("--data.score=test", "data.test_images: not set"),
+        ("--data.score=tset", "data.score: found 'tset', expected one of test, dev; did you mean 'test'?"),
+        ("--data.num_test=0", "data.num_test: found 0, expected at least 1"),
         ("--data.train_annotations=none.json", "data.train_annotations: no such file"),
         ("--data.augmentation=flips", "data.augmentation: found 'flips', expected one of none, flip, ssd"),
         ("--data.num_dev=0", "data.num_dev: found 0, expected at least 1"),

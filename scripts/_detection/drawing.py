@@ -1,4 +1,4 @@
-"""Dev images with their boxes: truth and detections side by side."""
+"""Images with their boxes: truth and detections side by side."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | 
     """The figures as text, beside those of a recorded run if there is one.
 
     Args:
-        results: `map`, `map_50`, `per_class`, `sparsity`, `model_sparsity`, `steps`, `seconds` and `dev_images`.
+        results: `map`, `map_50`, `per_class`, `sparsity`, `model_sparsity`, `steps`, `seconds`, `scored` (the name of a
+            split) and `dev_images` or `test_images`.
         reference: The same of another run, such as dense training of the same length.
     """
     rows = []
@@ -33,7 +34,8 @@ def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | 
         rows.append(row)
     lines = [text_table(["", "this run", *(["recorded", "share"] if reference else [])], rows)]
     classes = [f"{name} {score['map_50']:.3f}" for name, score in results["per_class"].items()]
-    lines.append(f"on {results['dev_images']:,} dev images; mAP@50 by class: {', '.join(classes) or 'none'}")
+    split = results["scored"]
+    lines.append(f"on {results[f'{split}_images']:,} {split} images; mAP@50 by class: {', '.join(classes) or 'none'}")
     if reference and "command" in reference:
         lines.append(f"recorded: {reference['command']}")
     return "\n".join(lines)

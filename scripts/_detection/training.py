@@ -16,7 +16,7 @@ from gap_hf import GaPTrainer
 
 
 class DetectionTrainer(GaPTrainer):
-    """Evaluations add `map`, `map_50` and `map_75` of the dev set to the loss.
+    """Evaluations add `map`, `map_50` and `map_75` of the scored split to the loss.
 
     The outputs of a detection model are large (of SSD300 on COCO 0.7 million scores for each image), so detections
     are taken out of each batch, and only they are kept.
@@ -27,13 +27,13 @@ class DetectionTrainer(GaPTrainer):
     """
 
     load_renamed_weights = True  # a dense DETR is resumed too
-    dev: Sequence[Sample] = ()
+    samples: Sequence[Sample] = ()
     names: Sequence[str] = ()
     classes: Sequence[int] = ()
 
-    def score_on(self, dev: Sequence[Sample], names: Sequence[str], classes: Sequence[int]) -> None:
+    def score_on(self, samples: Sequence[Sample], names: Sequence[str], classes: Sequence[int]) -> None:
         """Which samples evaluations are about, the names of their classes, and the model's indices of these."""
-        self.dev, self.names, self.classes = dev, names, classes
+        self.samples, self.names, self.classes = samples, names, classes
         self.found: dict[int, dict[str, np.ndarray]] = {}
         self.figures: dict[str, Any] = {}
 
@@ -51,12 +51,12 @@ class DetectionTrainer(GaPTrainer):
         return outputs.loss.detach().mean(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Trainer's, with the figures of the whole dev set, the same on every process."""
+        """Trainer's, with the figures of the whole split, the same on every process."""
         self.found = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Images that several processes had, to fill up their last batch, count once.
         self.found = dict(gather_object(list(self.found.items())))
-        self.figures = average_precision(self.dev, self.found, self.names)
+        self.figures = average_precision(self.samples, self.found, self.names)
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.figures.items() if k != "per_class"})
         return output
