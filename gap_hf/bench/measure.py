@@ -29,7 +29,7 @@ class Settings:
     """What is measured.
 
     `length` and `tokens` are of a source and of what is generated; `limit` the seconds that one call may take; with
-    `stop` sequences end where the model ends them; `output_layer` is ours.
+    `stop` sequences end where the model ends them; `output_layer` and `decode_step` are ours.
     """
 
     batches: tuple[int, ...] = (1, 16)
@@ -42,6 +42,7 @@ class Settings:
     stop: bool = False
     layers: bool = True
     output_layer: str | None = None
+    decode_step: str | None = None
 
 
 def measure(
@@ -64,7 +65,7 @@ def measure(
     Raises:
         GaPError: if the model does not take what it would be given.
     """
-    subject = replace(subject, output_layer=settings.output_layer)
+    subject = replace(subject, output_layer=settings.output_layer, decode_step=settings.decode_step)
     limit = getattr(subject.model.config, "max_position_embeddings", None)
     needed = max(settings.length, settings.tokens + (0 if subject.task == SEQ2SEQ else settings.length))
     if subject.generates and isinstance(limit, int) and needed > limit:

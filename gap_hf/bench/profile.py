@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gap_hf.bench.results import Part
 from gap_hf.bench.subject import SPARSE
+from gap_hf.inference.decoding import DecodesExported
 
 SPARSE_LAYERS = "sparse layers"
 OUTPUT_LAYER = "output layer"
@@ -20,6 +21,7 @@ SMALL = "norms, embeddings, activations"
 ATTENTION = "attention between its layers"
 PYTHON = "transformers' modules, outside of those in them"
 LOOP = "generate, outside of the model"
+EXPORTED = "decoder, its steps exported"
 _RUNS = 5
 
 
@@ -28,7 +30,8 @@ def where_time_goes(model: nn.Module, original: nn.Module, call: Callable[[], An
 
     Args:
         model: Runs in `call`.
-        original: The same before it was optimised, whose zeros tell which layers are sparse.
+        original: The same before it was optimised, whose zeros tell which layers are sparse. Where its steps are exported, the
+            decoder is a single kind: with hooks in it, its modules would run.
         call: Generates once.
 
     Returns:
@@ -88,10 +91,16 @@ def _kinds(model: Any, original: Any) -> dict[str, str]:
     """What each module counts as, by name; what is inside a sparse layer counts as it."""
     before = dict(original.named_modules())
     output = original.get_output_embeddings()
+    is_exported = isinstance(model, DecodesExported)
+    encoder = set(_encoder(model)) if is_exported else set()
     kinds: dict[str, str] = {}
     opaque: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if opaque and name.startswith(opaque):
+            continue
+        if is_exported and module not in encoder:
+            if module is model:
+                kinds[name] = EXPORTED
             continue
         was = before.get(name)
         if was is not None and was is output:
@@ -106,3 +115,7 @@ def _kinds(model: Any, original: Any) -> dict[str, str]:
         if kinds[name] in (OUTPUT_LAYER, SPARSE_LAYERS, DENSE_LAYERS):
             opaque = (*opaque, f"{name}.")
     return kinds
+
+
+def _encoder(model: Any) -> list[nn.Module]:
+    return list(model.get_encoder().modules()) if model.config.is_encoder_decoder else []

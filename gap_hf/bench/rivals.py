@@ -124,7 +124,7 @@ def _ours(subject: Subject, scratch: Path) -> Rival:
     from gap_hf.inference.optimize import optimize_for_inference
 
     model = copy.deepcopy(subject.model)
-    optimize_for_inference(model, output_layer=subject.output_layer)
+    optimize_for_inference(model, output_layer=subject.output_layer, decode_step=subject.decode_step)
     return TorchRival(subject, model)
 
 

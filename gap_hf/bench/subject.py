@@ -55,7 +55,7 @@ class Special:
 class Subject:
     """A model in fp32 on the CPU, in eval mode, without a generation config of its own.
 
-    `output_layer` is what `optimize_for_inference` is given.
+    `output_layer` and `decode_step` are what `optimize_for_inference` is given.
     """
 
     folder: Path
@@ -64,6 +64,7 @@ class Subject:
     layers: tuple[Shape, ...]
     special: Special
     output_layer: str | None = None
+    decode_step: str | None = None
 
     @property
     def generates(self) -> bool:

@@ -46,6 +46,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-layer", choices=["int8"], help="ours runs its dense output layer in int8, the best outputs exactly"
     )
+    parser.add_argument(
+        "--decode-step", choices=["exported"], help="ours runs its decoding steps without transformers' modules"
+    )
     parser.add_argument("--no-layers", action="store_true", help="whole models only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speeds; the suffix sets the format")
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         stop=lines is not None,
         layers=not args.no_layers,
         output_layer=args.output_layer,
+        decode_step=args.decode_step,
     )
     report = measure(load_subject(args.folder), names, settings, lines=lines, say=_progress(args.quiet))
     if args.json is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.inference import compiled
 from gap_hf.inference.alone import AloneProduct, can_give_up, give_up, take_back
+from gap_hf.inference.decoding import EXPORTED, DecodesExported, decode_exported, decode_ordinarily
 from gap_hf.inference.int8 import INT8
 from gap_hf.inference.layers import ORDINARY, SPARSE, why_not
 from gap_hf.inference.product import Int8Product, Layer, Packed, Product
@@ -63,6 +64,7 @@ def optimize_for_inference(
     token_counts: Sequence[int] = (),
     output_layer: str | None = None,
     keep_dense: bool = True,
+    decode_step: str | None = None,
 ) -> _Model:
     """Make the sparse layers of a model run in the fastest form for this machine, in place.
 
@@ -91,14 +93,21 @@ def optimize_for_inference(
         keep_dense: False gives up the dense weights of sparse Linears and Conv1Ds on a CPU (`gap_hf.inference.alone`): their live
             values are all that is held, and they run sparse for every number of tokens. `state_dict`, copies, `restore` and what
             has to run dense make a weight anew, for as long as it takes. Weights that several layers share are kept.
+        decode_step: ``exported`` runs a decoding step of `generate`, of one token in each row with a cache that grows, without
+            transformers' modules, as `torch.export` writes it down when a step first needs it, which takes seconds
+            (`gap_hf.inference.decoding`). Its outputs are compared with the modules' then. None leaves it to the modules, and so does
+            whatever is not such a step: a prompt, a static cache, output_attentions, hooks, gradients, autocast, an adapter.
 
     Returns:
         `model` itself.
 
     Raises:
         GaPError: if no layer is sparse, a mask names no layer of the model, weights do not obey their mask, there is no
-            dense output layer for `output_layer`, or no compiler for ``keep_dense=False``.
+            dense output layer for `output_layer`, no compiler for ``keep_dense=False``, or `decode_step` is asked for of a model that
+            does not generate.
     """
+    if decode_step not in (None, EXPORTED):
+        raise GaPError(f"decode_step: found {decode_step!r}, expected None or '{EXPORTED}'")
     if any(not isinstance(count, int) or count < 1 for count in token_counts):
         raise GaPError(f"token_counts: found {list(token_counts)}, expected numbers of at least 1")
     layers = {clean_name(name): module for name, module in model.named_modules() if _ordinary_class(module) is not None}
@@ -122,6 +131,9 @@ def optimize_for_inference(
         _keep_live(model, list(chosen.values()), token_counts)
     if head is not None:
         _install(head, Int8Product(), token_counts)
+    decode_ordinarily(model)
+    if decode_step is not None:
+        decode_exported(model)
     if on_gpu:
         logger.warning(
             "%d sparse layers stay dense on their GPU, the first is '%s': only 2:4 runs faster there",
@@ -180,6 +192,8 @@ def restore(model: _Model) -> _Model:
         `model` itself.
     """
     for module in model.modules():
+        if isinstance(module, DecodesExported):
+            decode_ordinarily(module)
         if isinstance(getattr(module, "gap_product", None), AloneProduct):
             take_back(module)
         elif type(module) in ORDINARY:
