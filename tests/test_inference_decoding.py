@@ -217,6 +217,8 @@ def test_changes_in_place_are_seen() -> None:
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.weight.mul_(-1)
         model.model.decoder.layers[1].final_layer_norm.bias.add_(0.3)
+        model.model.decoder.layers[1].fc1.bias.sub_(0.2)
+        model.model.decoder.layers[1].fc2.bias.data = torch.full((32,), 0.1)
     steps = model.gap_step.steps
     after = generate(model, sources())[1]
     assert model.gap_step.steps > steps and not torch.allclose(before[1], after[1], atol=1e-3)

@@ -20,7 +20,7 @@ DENSE = "dense"
 VERSION = 1  # of the kernels: what was measured with others counts no more
 MAX_RANGE = 10  # 2**10 tokens and more are one range, measured at its start
 _WIN = 0.95  # a form's time by dense's must be at most this
-_SECONDS, _MIN_ROUNDS, _MAX_ROUNDS = 0.03, 7, 60
+_SECONDS, _MIN_ROUNDS, _MAX_ROUNDS = 0.03, 7, 100  # seconds for each that is timed
 
 
 def range_of(tokens: int) -> int:
@@ -52,7 +52,7 @@ def _shares_of_dense(runs: Mapping[str, Callable[[], object]]) -> dict[str, floa
         run()
     shortest = dict.fromkeys(runs, float("inf"))
     begin, rounds = time.perf_counter(), 0
-    while rounds < _MIN_ROUNDS or (time.perf_counter() - begin < _SECONDS and rounds < _MAX_ROUNDS):
+    while rounds < _MIN_ROUNDS or (time.perf_counter() - begin < _SECONDS * len(runs) and rounds < _MAX_ROUNDS):
         for name, run in runs.items():
             start = time.perf_counter()
             run()

@@ -83,6 +83,20 @@ class CompiledForm:
             return None
         return y if self.dtype is torch.float32 else y.to(self.dtype)
 
+    def bind(self, shape: torch.Size, bias: Tensor | None, threads: int) -> Callable[[Tensor], Tensor | None]:
+        """The same call for fp32 inputs of one shape, with what does not change worked out; what `bias` holds may."""
+        tokens, threads = math.prod(shape) // self.takes, self.kernel.threads(threads)
+        if self.dtype is not torch.float32 or (self.scratch and (tokens > 1 or self.always_scratch)):
+            return lambda x: self(x, bias, threads)
+        out, run, layer = (*shape[:-1], self.gives), self.kernel.run, self._layer_address
+        bias = self.no_bias if bias is None else bias
+
+        def call(x: Tensor) -> Tensor | None:
+            y = x.new_empty(out)
+            return None if run((layer, x.data_ptr(), bias.data_ptr(), y.data_ptr(), None, tokens), threads) else y
+
+        return call
+
 
 def blocks(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
     """Blocks of 8, 16 or 32 outputs by one input, compiled. None where there are none, or nothing can be compiled."""

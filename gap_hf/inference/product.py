@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gap_hf.inference import compiled
 from gap_hf.inference.choice import DENSE, MEMORY, fastest, range_of
-from gap_hf.inference.forms import COMPILED, FORMS, Form, candidates
+from gap_hf.inference.forms import COMPILED, FORMS, CompiledForm, Form, candidates
 from gap_hf.inference.int8 import INT8, int8
 from gap_hf.inference.zeros import Structure, structure_of
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _lock = threading.RLock()  # one measurement at a time, or they would measure each other
 _told: set[str] = set()
 ALONE = " on 1 thread"
+_MAX_BOUND = 64  # shapes of one layer
 
 
 class Layer(Protocol):
@@ -164,21 +165,39 @@ class Product:
 
 
 def direct(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """A layer's output for a caller who has seen to what `is_allowed` asks for."""
+    """A layer's output for a caller who has seen to what `is_allowed` asks for, and to the bias being the same tensor.
+
+    What a call of one shape needs is worked out once.
+    """
     parameters = layer._parameters
+    bound: dict[tuple[int, torch.Size], Callable[[Tensor], Tensor | None]] = {}
+    bound_of: Packed | None = None
 
     def call(x: Tensor) -> Tensor:
-        product: Product = cast(Any, layer).gap_product
-        packed, weight = product.packed, parameters["weight"]
-        if packed is not None and packed.is_of(weight):
-            threads = torch.get_num_threads()
-            form = packed.at.get((threads, x.numel() // x.shape[-1]))
-            x = x if x.is_contiguous() else x.contiguous()
-            if form is not None and (out := form(x, parameters["bias"], threads)) is not None:
+        nonlocal bound_of
+        packed: Packed | None = cast(Any, layer).gap_product.packed
+        if packed is not None and packed is bound_of and packed.is_of(parameters["weight"]) and x.is_contiguous():
+            run = bound.get((torch.get_num_threads(), x.shape))
+            if run is not None and (out := run(x)) is not None:
                 return out
-        return cast(Any, layer)(x)  # which chooses a form, or runs dense
+        out = cast(Any, layer)(x)  # which packs, chooses a form, or runs dense
+        packed = cast(Any, layer).gap_product.packed
+        if packed is not bound_of:
+            bound.clear()
+            bound_of = packed
+        threads = torch.get_num_threads()
+        form = None if packed is None else packed.at.get((threads, x.numel() // x.shape[-1]))
+        if form is not None and len(bound) < _MAX_BOUND:
+            bound[threads, x.shape] = _bind(form, x.shape, parameters["bias"], threads)
+        return out
 
     return call
+
+
+def _bind(form: Form, shape: torch.Size, bias: Tensor | None, threads: int) -> Callable[[Tensor], Tensor | None]:
+    if isinstance(form, CompiledForm):
+        return form.bind(shape, bias, threads)
+    return lambda x: form(x, bias, threads)
 
 
 class Int8Product(Product):
