@@ -17,7 +17,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"
-VERSION = 1  # of the kernels: what was measured with others counts no more
+VERSION = 2  # of the kernels: what was measured with others counts no more
 MAX_RANGE = 10  # 2**10 tokens and more are one range, measured at its start
 _WIN = 0.95  # a form's time by dense's must be at most this
 _SECONDS, _MIN_ROUNDS, _MAX_ROUNDS = 0.03, 7, 100  # seconds for each that is timed

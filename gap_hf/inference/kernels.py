@@ -24,8 +24,8 @@ first::
                 acc += values[j] * tile[columns[j]]           one weight times a vector of tokens
             y[m : m + lanes, n] = acc                         transposed back, eight outputs at a time
 
-With one token there is nothing to put on the lanes, so eight outputs lie there, each with its own inputs (sliced ELL: the j-th
-live weights of eight neighbouring outputs lie side by side).
+With one or two tokens there is little to put on the lanes, so eight outputs lie there, each with its own inputs (sliced ELL: the
+j-th live weights of eight neighbouring outputs lie side by side).
 
 Every kernel returns how often it saw an input that is NaN or infinite: dense gives NaN for it times a masked weight, and a
 sparse kernel does not, so the caller runs such an input dense.
@@ -184,6 +184,7 @@ def _num_bad(k: Kernel, row: Array, length: Value) -> Value:
 
 
 SLICE = 8  # outputs of which the weights lie side by side; and the side of the squares that are transposed in registers
+_FEW = 2  # tokens that are faster one after the other than on the lanes, most of which would be spare
 
 # --- single weights --------------------------------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ def write_singles(module: ir.Module, machine: Machine, values: str, columns: str
     """Kernel of single weights; its groups are slices of eight outputs. `scratch` has to hold `scratch_size` floats."""
     lanes = lanes_of(machine)
     tiles = [(size, _lanes_tile(module, machine, size, values, columns)) for size in lanes]
-    tiles.append((1, _one_token(module, values, columns)))
+    tiles.append((_FEW, _few_tokens(module, values, columns)))
     k = Kernel(module, "tiles", **RANGE)
     first, last = k.arg("first_token"), k.arg("last_token")
     whole = first + (last - first) // lanes[0] * lanes[0]
@@ -216,28 +217,29 @@ def scratch_size(machine: Machine, num_in: int) -> int:
     return lanes_of(machine)[0] * (num_in + SLICE)
 
 
-def _one_token(module: ir.Module, values: str, columns: str) -> Kernel:
+def _few_tokens(module: ir.Module, values: str, columns: str) -> Kernel:
     k = Kernel(module, "singles_by_1", **RANGE)
     num_in, num_out, starts, cols, vals = layer_of(k, values, columns)
-    m = k.arg("first_token")
-    row, out, bias = k.array("x") + m * num_in, k.array("y") + m * num_out, k.array("bias")
-    last_sums = k.local(SLICE, "f32")
-    with k.loop(k.arg("first_group"), k.arg("last_group")) as s:
+    bias, last_sums, bad = k.array("bias"), k.local(SLICE, "f32"), Variable(k.int(0))
+    with k.loop(k.arg("first_token"), k.arg("last_token")) as m:
+        row, out = k.array("x") + m * num_in, k.array("y") + m * num_out
+        with k.loop(k.arg("first_group"), k.arg("last_group")) as s:
 
-        def add(j: Value, sums: list[Variable]) -> None:
-            at = j * SLICE
-            sums[0].set(vals.vector(at, SLICE) * row.at(cols, at, SLICE) + sums[0].get())
+            def add(j: Value, sums: list[Variable]) -> None:
+                at = j * SLICE
+                sums[0].set(vals.vector(at, SLICE) * row.at(cols, at, SLICE) + sums[0].get())
 
-        zero = k.zeros(SLICE)
-        (total,) = unrolled(k, starts[s], starts[s + 1], chains_from(2, [zero], zero), add)
-        n, left = s * SLICE, num_out - s * SLICE
-        with k.when(k.int(SLICE - 1) < left):
-            out[n] = total + bias.vector(n, SLICE)
-        with k.when(left < SLICE):
-            last_sums[0] = total
-            with k.loop(0, left) as o:
-                out[n + o] = last_sums[o] + bias[n + o]
-    k.result(_num_bad(k, row, num_in))
+            zero = k.zeros(SLICE)
+            (total,) = unrolled(k, starts[s], starts[s + 1], chains_from(2, [zero], zero), add)
+            n, left = s * SLICE, num_out - s * SLICE
+            with k.when(k.int(SLICE - 1) < left):
+                out[n] = total + bias.vector(n, SLICE)
+            with k.when(left < SLICE):
+                last_sums[0] = total
+                with k.loop(0, left) as o:
+                    out[n + o] = last_sums[o] + bias[n + o]
+        bad.set(bad.get() + _num_bad(k, row, num_in))
+    k.result(bad.get())
     return k
 
 
