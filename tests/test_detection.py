@@ -37,6 +37,7 @@ from _detection.data import DataSection, Sample, load_splits, read_coco  # noqa:
 from _detection.digits import make_digits  # noqa: E402
 from _detection.model import ModelSection, load_model  # noqa: E402
 from _detection.preparing import DetectionSet, ImageFormat, collate  # noqa: E402
+from _detection.results import results_table  # noqa: E402
 from _detection.scoring import average_precision, detect  # noqa: E402
 from _mnist import read_mnist  # noqa: E402
 
@@ -625,7 +626,10 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: dict[s
     reference.write_text(json.dumps({"map": 0.5, "map_50": 0.75}), encoding="utf-8")
     words = [f"--training.resume_from_checkpoint={tmp_path}/run/checkpoint-4", f"--data.reference={reference}"]
     assert detect_objects.main([str(recipe), *words]) == 0
-    assert "0.7500" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0.7500" in out and "other images" not in out
+    reference.write_text(json.dumps({"map": 0.5, "map_50": 0.75, "scored": "test"}), encoding="utf-8")
+    assert "recorded on other images: test" in results_table(results, reference=json.loads(reference.read_text()))
     again = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), again.parameters(), strict=True))
 

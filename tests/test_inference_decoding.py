@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_inference import fresh, prune  # noqa: F401  # a fixture
+from test_inference import always_sparse, fresh, prune  # noqa: F401  # fixtures
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -36,8 +38,9 @@ from gap_hf.bench.rivals import KINDS
 from gap_hf.bench.subject import Job, subject_of
 from gap_hf.inference.calls import CACHES
 from gap_hf.inference.decoding import DecodesExported, DecodingStep
+from gap_hf.inference.product import direct
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("fresh", "always_sparse")
 
 _SIDES = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in (("layers", 2), ("ffn_dim", 64))}
 _SEQ2SEQ = {"vocab_size": 60, "d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, **_SIDES}
@@ -135,7 +138,7 @@ def test_bf16_and_sampling() -> None:
     steps = model.gap_step.steps
     torch.manual_seed(3)
     want_ids, want = generate(restore(model), sources(), do_sample=True)
-    assert steps >= len(logits) and logits.dtype is want.dtype
+    assert steps >= len(logits)
     same = int((ids == want_ids).all(dim=0).long().cumprod(dim=0).sum()) - 1  # rounding may lead elsewhere
     assert same >= 2
     torch.testing.assert_close(logits[:same], want[:same], rtol=5e-2, atol=5e-2 * float(want.abs().max()))
@@ -209,6 +212,123 @@ def test_gradients_run_in_the_modules() -> None:
     assert model.transformer.wte.weight.grad is not None and model.gap_step.lines == {}
 
 
+def steps_of(model: Any, **more: Any) -> int:
+    """How many steps of a call ran as lines."""
+    before = model.gap_step.steps
+    generate(model, sources(), **more)
+    return model.gap_step.steps - before
+
+
+def test_what_is_changed_afterwards_is_seen() -> None:
+    """A forward, the mode of a part, the attention, a hook on the embedding that the encoder has too; and undone, lines again."""
+    model = make("marian")
+    optimize_for_inference(model, decode_step="exported")
+    assert steps_of(model) == 6 and steps_of(model) == 7
+    layer = model.model.decoder.layers[0]
+    layer.fc1.forward = lambda x: nn.functional.linear(x, layer.fc1.weight)
+    assert steps_of(model) == 0
+    del layer.fc1.forward
+    assert steps_of(model) == 7
+    layer.train()
+    assert steps_of(model) == 0
+    layer.eval()
+    model.set_attn_implementation("eager")
+    assert steps_of(model) == 6  # a line of its own, after a step that it is compared with
+    model.set_attn_implementation("sdpa")
+    assert steps_of(model) == 7 and len(model.gap_step.lines) == 2
+    handle = model.get_decoder().get_input_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
+    assert steps_of(model) == 0
+    handle.remove()
+    want = generate(model, sources())
+    restore(layer)  # a part of it alone
+    assert type(layer.fc1) is nn.Linear and steps_of(model) == 7
+    got = generate(model, sources())
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+def test_another_object_of_the_class_is_ordinary() -> None:
+    model = make("llama")
+    optimize_for_inference(model, decode_step="exported")
+    other = type(model)(model.config).eval()
+    assert torch.equal(generate(other, sources())[0], generate(other, sources())[0])
+
+
+def test_embeddings_that_are_one_module() -> None:
+    """As `resize_token_embeddings` leaves them."""
+    model = make("t5")
+    model.resize_token_embeddings(64, mean_resizing=False)
+    want = generate(model, sources())
+    optimize_for_inference(model, decode_step="exported")
+    for _ in range(2):
+        got = generate(model, sources())
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+    assert model.gap_step.steps == 13
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
+    assert steps_of(model) == 0  # though the encoder has it too
+    handle.remove()
+
+
+def test_a_window_of_keys_runs_in_the_modules(caplog: pytest.LogCaptureFixture) -> None:
+    """Python that asks how long the past is would be written down for the length at hand."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def windowed(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
+        if key.shape[2] > 9:
+            key, value, mask = key[:, :, -9:], value[:, :, -9:], None if mask is None else mask[..., -9:]
+        return sdpa_attention_forward(module, query, key, value, mask, **more)
+
+    AttentionInterface.register("gap_hf_test_window", windowed)
+    model = make("llama")
+    model.set_attn_implementation("gap_hf_test_window")
+    want = generate(model, sources())
+    optimize_for_inference(model, decode_step="exported")
+    with caplog.at_level(logging.WARNING, logger="gap_hf"):
+        got = generate(model, sources())
+    assert torch.equal(got[0], want[0]) and model.gap_step.steps == 0
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+    assert "runs in its modules" in caplog.text
+
+
+def test_longer_pasts_than_were_looked_at() -> None:
+    model = make("gpt2")
+    want = generate(model, sources(40), max_new_tokens=40, min_new_tokens=40)
+    optimize_for_inference(model, decode_step="exported")
+    got = generate(model, sources(40), max_new_tokens=40, min_new_tokens=40)
+    assert torch.equal(got[0], want[0]) and model.gap_step.steps == 38
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("found", "same"),
+    [([1.0, float("nan")], False), ([1.0, 2.0], False), ([1.0, float("-inf")], True), ([0.0, float("-inf")], False)],
+)
+def test_comparing_where_something_is_not_finite(found: list[float], same: bool) -> None:
+    from gap_hf.inference.decoding import _compare
+
+    expected = (torch.tensor([1.0, float("-inf")]),)
+    if same:
+        _compare((torch.tensor(found),), expected)
+    else:
+        with pytest.raises(ValueError, match="it gives other values"):
+            _compare((torch.tensor(found),), expected)
+
+
+def test_a_mask_of_another_length_runs_in_the_modules() -> None:
+    model = make("llama")
+    optimize_for_inference(model, decode_step="exported")
+    assert steps_of(model) == 6
+    out = model(input_ids=sources()["input_ids"], use_cache=True)
+    name = next(name for name in out if name in CACHES)
+    steps = model.gap_step.steps
+    step = {"input_ids": torch.tensor([[4]] * 3), "use_cache": True, name: out[name]}
+    with torch.no_grad():
+        model(**step, attention_mask=torch.ones(3, 9, dtype=torch.long))
+    assert model.gap_step.steps == steps and len(model.gap_step.lines) == 1
+
+
 def test_changes_in_place_are_seen() -> None:
     """Of sparse weights, and of those that are not."""
     model = make("marian")
@@ -231,10 +351,38 @@ def test_another_type_is_another_line() -> None:
     generate(model, sources())
     steps = model.gap_step.steps
     model.to(torch.bfloat16)
-    assert generate(model, sources())[1].dtype is not None and model.gap_step.steps == steps
+    generate(model, sources())
+    assert model.gap_step.steps == steps
     optimize_for_inference(model, decode_step="exported")
     generate(model, sources())
     assert model.gap_step.steps > 0
+
+
+def _child(model: Any, x: Tensor, queue: Any) -> None:
+    with torch.inference_mode():
+        queue.put(model(x).numpy())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_has_one_thread() -> None:
+    """Also where a call was worked out before."""
+    torch.set_num_threads(2)
+    layer = nn.Linear(64, 128).requires_grad_(False)
+    prune(layer.weight, 16)
+    optimize_for_inference(layer)
+    call, x = direct(layer), torch.randn(1, 64)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        want = layer(x)
+        for _ in range(3):
+            torch.testing.assert_close(call(x), want)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_child, args=(call, x, queue))
+    process.start()
+    got = torch.from_numpy(queue.get(timeout=60))
+    process.join(timeout=60)
+    torch.testing.assert_close(got, want)
 
 
 def test_copies_pickles_saves_and_restore(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gap_hf.bench.results import Part
 from gap_hf.bench.subject import SPARSE
-from gap_hf.inference.decoding import DecodesExported
+from gap_hf.inference.decoding import DecodesExported, modules_of_step
 
 SPARSE_LAYERS = "sparse layers"
 OUTPUT_LAYER = "output layer"
@@ -92,13 +92,13 @@ def _kinds(model: Any, original: Any) -> dict[str, str]:
     before = dict(original.named_modules())
     output = original.get_output_embeddings()
     is_exported = isinstance(model, DecodesExported)
-    encoder = set(_encoder(model)) if is_exported else set()
+    of_step = set(modules_of_step(model)) if is_exported else set()
     kinds: dict[str, str] = {}
     opaque: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if opaque and name.startswith(opaque):
             continue
-        if is_exported and module not in encoder:
+        if module in of_step:
             if module is model:
                 kinds[name] = EXPORTED
             continue
@@ -115,7 +115,3 @@ def _kinds(model: Any, original: Any) -> dict[str, str]:
         if kinds[name] in (OUTPUT_LAYER, SPARSE_LAYERS, DENSE_LAYERS):
             opaque = (*opaque, f"{name}.")
     return kinds
-
-
-def _encoder(model: Any) -> list[nn.Module]:
-    return list(model.get_encoder().modules()) if model.config.is_encoder_decoder else []

@@ -44,6 +44,8 @@ class StepCall:
         outputs = kwargs.get("encoder_outputs")
         if is_seq2seq and (outputs is None or not isinstance(outputs[0], Tensor)):
             return None
+        if not _fits(kwargs, ids, kwargs[name], is_seq2seq):
+            return None
         others = [v for k, v in kwargs.items() if k not in (name, "encoder_outputs")]
         if not all(v is None or type(v) is Tensor or isinstance(v, bool | int | float) for v in others):
             return None
@@ -104,6 +106,15 @@ class StepCall:
             shape = (batch, value.shape[1], past if number < own else source, value.shape[3])
             kept.append(torch.randn(shape, generator=generator).to(value))
         return (tensors, kept), (axes, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC}] * len(kept))
+
+
+def _fits(kwargs: Mapping[str, Any], ids: Tensor, cache: Any, is_seq2seq: bool) -> bool:
+    """Whether masks and positions are of the usual shapes; transformers makes the best of others."""
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    layer = cache.cross_attention_cache.layers[0] if is_seq2seq else cache.layers[0]
+    total = layer.keys.shape[2] + (0 if is_seq2seq else 1)
+    has_mask = not isinstance(mask, Tensor) or mask.shape == (len(ids), total)
+    return has_mask and (not isinstance(positions, Tensor) or positions.shape == ids.shape)
 
 
 def _grows(cache: Any, is_seq2seq: bool) -> bool:

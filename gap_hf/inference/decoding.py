@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 EXPORTED = "exported"
 # Sizes of the example that is traced. No two are equal, and none is 1, or axes would be taken for one another, or for constants.
 _BATCH, _SOURCE, _PAST = 2, 7, 5
+_LARGE = 2**31
+_MAX_LINES = 8  # of a model; what is called in more ways than these is called in a way that changes all the time
 _CAPTURING = "transformers.utils.output_capturing"
 _lock = threading.RLock()
 _Line = Callable[..., tuple[Tensor, ...]]
@@ -46,7 +48,7 @@ class DecodesExported:
 
 def ordinary_class(cls: type) -> type:
     """The class that a model has or had."""
-    return cls.__mro__[2] if issubclass(cls, DecodesExported) else cls
+    return cls.__mro__[cls.__mro__.index(DecodesExported) + 1] if issubclass(cls, DecodesExported) else cls
 
 
 def decode_exported(model: Any) -> None:
@@ -80,7 +82,8 @@ def decode_ordinarily(model: Any) -> None:
 def _lean(cls: Any) -> type:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = None if args else self.gap_step(self, kwargs)
+        step = vars(self).get("gap_step")  # an object that somebody makes of this class has none
+        output = None if args or step is None else step(self, kwargs)
         return cls.forward(self, *args, **kwargs) if output is None else output
 
     names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -97,8 +100,7 @@ class DecodingStep:
 
     def __init__(self, model: Any) -> None:
         self.is_seq2seq = bool(model.config.is_encoder_decoder)
-        encoder = set(model.get_encoder().modules()) if self.is_seq2seq else set()
-        modules = [module for module in model.modules() if module not in encoder]
+        modules = modules_of_step(model)
         self.hooks = [hooks for module in modules if module is not model for hooks in _hooks_of(module)]
         # Whoever replaces a parameter or a module, as adapters do, makes another model of it.
         self.parts = [
@@ -107,6 +109,9 @@ class DecodingStep:
             for parts in (module._parameters, module._buffers, module._modules)
             for name, part in parts.items()
         ]
+        self.own = [vars(module) for module in modules]
+        configs = {id(module.config): module.config for module in modules if "config" in vars(module)}
+        self.configs: list[Any] = list(configs.values())
         self.first = next(model.parameters())
         self.place = (self.first.dtype, self.first.device)
         self.steps = 0
@@ -118,20 +123,25 @@ class DecodingStep:
         call = StepCall.of(kwargs, self.is_seq2seq)
         if call is None or not self._is_as_written(model):
             return None
-        if call.key not in self.lines:
+        key: Key = (*call.key, *(config._attn_implementation for config in self.configs))
+        if key not in self.lines:
+            if len(self.lines) >= _MAX_LINES:
+                return None
             with _lock:
-                return self._first(model, call)
-        line = self.lines[call.key]
+                return self._first(model, call, key)
+        line = self.lines[key]
         if line is None:
             return None
         self.steps += 1
         logits, *own = line(*call.tensors.values(), *call.past)
         call.keep(own)
-        kind, names = self.fields[call.key]
+        kind, names = self.fields[key]
         return kind(**{name: _field(name, logits, call) for name in names})
 
     def _is_as_written(self, model: Any) -> bool:
-        if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if any("forward" in own or own["training"] for own in self.own):
             return False
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         if is_traced or torch_module._has_any_global_hook():
@@ -143,7 +153,7 @@ class DecodingStep:
             return False
         return all(parts.get(name) is part for parts, name, part in self.parts)
 
-    def _first(self, model: Any, call: StepCall) -> Any:
+    def _first(self, model: Any, call: StepCall, key: Key) -> Any:
         """The modules' output; the line is written beside it, and must give the same."""
         before = call.copy()
         output = ordinary_class(type(model)).forward(model, **call.kwargs)
@@ -154,9 +164,9 @@ class DecodingStep:
                 raise ValueError(f"its output has '{unknown[0]}'")
             line = self._write(model, before)
             _compare(line(*before.tensors.values(), *before.past), (output["logits"], *call.own()))
-            self.fields[call.key], self.lines[call.key] = (type(output), fields), line
+            self.fields[key], self.lines[key] = (type(output), fields), line
         except Exception as error:  # whatever torch.export finds in a stranger's model, the modules can do
-            self.lines[call.key] = None
+            self.lines[key] = None
             reason = str(error).strip().partition("\n")[0]
             logger.warning("The decoding step of %s runs in its modules: %s", type(model).__name__, reason)
         return output
@@ -167,6 +177,7 @@ class DecodingStep:
             example, axes = call.example(model, _BATCH, _SOURCE, _PAST)
             step = _Step(model, call)
             program = torch.export.export(step, example, dynamic_shapes=axes, strict=False)
+            _check_any_size(program)
             line = straighten(program, step, layers)
             # At other sizes than those of the example and of the call.
             (tensors, past), _ = call.example(model, _BATCH + 1, _SOURCE - 3, _PAST - 1)
@@ -180,22 +191,44 @@ class _Step(nn.Module):
 
     def __init__(self, model: nn.Module, call: StepCall) -> None:
         super().__init__()
-        self.model, self.call = model, call
+        self.model, self.call, self.ordinary = model, call, ordinary_class(type(model))
 
     def forward(self, tensors: list[Tensor], past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         model = cast(Any, self.model)
         kwargs = {**self.call.constants, **dict(zip(self.call.tensors, tensors, strict=True))}
         if not self.call.is_seq2seq:
             cache: Any = filled(past)
-            output = ordinary_class(type(model)).forward(model, **kwargs, **{self.call.cache_name: cache})
+            output = self.ordinary.forward(model, **kwargs, **{self.call.cache_name: cache})
             return output.logits, list(tensors_of(cache))
         half = len(past) // 2
         cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
         for layer in range(half // 2):
             cache.is_updated[layer] = True  # so that nothing is computed from hidden states of the source
         kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=past[half][:, 0])  # type: ignore[arg-type]
-        output = ordinary_class(type(model)).forward(model, **kwargs, **{self.call.cache_name: cache})
+        output = self.ordinary.forward(model, **kwargs, **{self.call.cache_name: cache})
         return output.logits, list(tensors_of(cache.self_attention_cache))
+
+
+def modules_of_step(model: Any) -> list[nn.Module]:
+    """All modules but those that the encoder has for itself."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not encoder and module not in found:
+            found[module] = None
+            waiting += module.children()
+    return list(found)
+
+
+def _check_any_size(program: torch.export.ExportedProgram) -> None:
+    """Raises ValueError where Python took a way that depends on a size, such as a window of keys."""
+    for symbol, sizes in program.range_constraints.items():
+        low, high = str(sizes.lower), str(sizes.upper)
+        # From 2 on is what torch takes for any size; a mask is one longer than the past.
+        if int(low) > 3 or (high.isdigit() and int(high) < _LARGE):
+            raise ValueError(f"what it does depends on a size, which has to be from {low} to {high} ({symbol})")
 
 
 def _field(name: str, logits: Tensor, call: StepCall) -> Any:
@@ -216,8 +249,11 @@ def _has_hooks(hooks: Mapping[int, Any]) -> bool:
 def _compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """Raises ValueError unless both are the same up to rounding."""
     for ours, theirs in zip(found, expected, strict=True):
-        limit = 1e-5 if theirs.dtype is torch.float32 else 2e-2
+        limit = 1e-5 if theirs.dtype in (torch.float32, torch.float64) else 2e-2
         if ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
             raise ValueError(f"written down, it gives {tuple(ours.shape)} for {tuple(theirs.shape)}")
-        if theirs.numel() and (ours - theirs).abs().max() > limit * theirs.abs().max().clamp(min=1e-6):
+        is_number = theirs.isfinite()
+        largest = theirs[is_number].abs().max() if bool(is_number.any()) else torch.zeros(())
+        near = torch.isclose(ours, theirs, rtol=0, atol=float(limit * largest.clamp(min=1e-6)), equal_nan=True)
+        if not bool(near.all()):
             raise ValueError("written down, it gives other values")

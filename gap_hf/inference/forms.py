@@ -85,15 +85,16 @@ class CompiledForm:
 
     def bind(self, shape: torch.Size, bias: Tensor | None, threads: int) -> Callable[[Tensor], Tensor | None]:
         """The same call for fp32 inputs of one shape, with what does not change worked out; what `bias` holds may."""
-        tokens, threads = math.prod(shape) // self.takes, self.kernel.threads(threads)
+        tokens = math.prod(shape) // self.takes
         if self.dtype is not torch.float32 or (self.scratch and (tokens > 1 or self.always_scratch)):
             return lambda x: self(x, bias, threads)
-        out, run, layer = (*shape[:-1], self.gives), self.kernel.run, self._layer_address
+        out, kernel = (*shape[:-1], self.gives), self.kernel
         bias = self.no_bias if bias is None else bias
 
         def call(x: Tensor) -> Tensor | None:
             y = x.new_empty(out)
-            return None if run((layer, x.data_ptr(), bias.data_ptr(), y.data_ptr(), None, tokens), threads) else y
+            given = (self._layer_address, x.data_ptr(), bias.data_ptr(), y.data_ptr(), None, tokens)
+            return None if kernel.run(given, kernel.threads(threads)) else y
 
         return call
 

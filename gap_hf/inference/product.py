@@ -175,13 +175,15 @@ def direct(layer: Layer) -> Callable[[Tensor], Tensor]:
 
     def call(x: Tensor) -> Tensor:
         nonlocal bound_of
-        packed: Packed | None = cast(Any, layer).gap_product.packed
-        if packed is not None and packed is bound_of and packed.is_of(parameters["weight"]) and x.is_contiguous():
+        weight, product = parameters["weight"], vars(layer).get("gap_product")
+        packed: Packed | None = None if product is None else product.packed
+        is_bound = packed is not None and packed is bound_of and packed.is_of(weight)
+        if is_bound and x.dtype is weight.dtype and x.is_contiguous():
             run = bound.get((torch.get_num_threads(), x.shape))
             if run is not None and (out := run(x)) is not None:
                 return out
         out = cast(Any, layer)(x)  # which packs, chooses a form, or runs dense
-        packed = cast(Any, layer).gap_product.packed
+        packed = None if product is None else product.packed
         if packed is not bound_of:
             bound.clear()
             bound_of = packed

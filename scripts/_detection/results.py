@@ -36,6 +36,8 @@ def results_table(results: Mapping[str, Any], *, reference: Mapping[str, Any] | 
     classes = [f"{name} {score['map_50']:.3f}" for name, score in results["per_class"].items()]
     split = results["scored"]
     lines.append(f"on {results[f'{split}_images']:,} {split} images; mAP@50 by class: {', '.join(classes) or 'none'}")
+    if reference and any(reference.get(key, results[key]) != results[key] for key in ("scored", f"{split}_images")):
+        lines.append(f"recorded on other images: {reference.get('scored', 'unknown')}")
     if reference and "command" in reference:
         lines.append(f"recorded: {reference['command']}")
     return "\n".join(lines)
