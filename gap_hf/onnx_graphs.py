@@ -6,7 +6,6 @@ without a past, which also gives the keys and values of the source, and the deco
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from gap_hf.caches import after_source, cache_argument, filled, tensors_of
 from gap_hf.errors import GaPError
 
 ENCODER, DECODER, DECODER_WITH_PAST, MODEL = "encoder_model", "decoder_model", "decoder_with_past_model", "model"
@@ -53,11 +53,6 @@ def graphs_of(model: Any) -> list[Graph]:
     return [_causal(model) if model.can_generate() else _tokens(model)]
 
 
-def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its cache; transformers renamed it in 2026."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-
-
 class _First(nn.Module):
     """Of a model without a past: its logits, or else its last hidden states."""
 
@@ -76,9 +71,9 @@ class _Causal(nn.Module):
         self.model, self.cache = model, cache_argument(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        cache = _filled(past)
+        cache = filled(past)
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{self.cache: cache})
-        return output.logits, _tensors(cache)
+        return output.logits, list(tensors_of(cache))
 
 
 class _Decoder(nn.Module):
@@ -97,7 +92,7 @@ class _Decoder(nn.Module):
             use_cache=True,
             **{self.cache: cache},
         )
-        own, source = _tensors(cache.self_attention_cache), _tensors(cache.cross_attention_cache)
+        own, source = (list(tensors_of(part)) for part in (cache.self_attention_cache, cache.cross_attention_cache))
         return output.logits, _by_layer(own, source)
 
 
@@ -110,28 +105,15 @@ class _DecoderWithPast(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         own, source = _apart(past)
-        cache = EncoderDecoderCache(_filled(own), _filled(source))
-        for layer in range(len(own) // 2):
-            cache.is_updated[layer] = True  # so that nothing is computed from hidden states of the source
+        cache, hidden = after_source(own, source)
         output = self.model(
             decoder_input_ids=input_ids,
             attention_mask=mask,
-            encoder_outputs=BaseModelOutput(last_hidden_state=source[0][:, 0]),  # type: ignore[arg-type]
+            encoder_outputs=hidden,
             use_cache=True,
             **{self.cache: cache},
         )
-        return output.logits, _tensors(cache.self_attention_cache)
-
-
-def _filled(tensors: Sequence[Tensor]) -> DynamicCache:
-    cache = DynamicCache()
-    for layer in range(len(tensors) // 2):
-        cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
-    return cache
-
-
-def _tensors(cache: Any) -> list[Tensor]:
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        return output.logits, list(tensors_of(cache.self_attention_cache))
 
 
 def _by_layer(own: Sequence[Tensor], source: Sequence[Tensor]) -> list[Tensor]:
@@ -172,7 +154,7 @@ def _tokens(model: Any) -> Graph:
 
 def _causal(model: Any) -> Graph:
     with torch.inference_mode():
-        past = [t.clone() for t in _tensors(model(input_ids=_ids(model, _PAST), use_cache=True).past_key_values)]
+        past = [t.clone() for t in tensors_of(model(input_ids=_ids(model, _PAST), use_cache=True).past_key_values)]
     layers, ids = len(past) // 2, _ids(model, _TARGET)
     mask = torch.ones(_BATCH, _PAST + _TARGET, dtype=torch.long)
     axes = (

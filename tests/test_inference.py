@@ -12,8 +12,9 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -338,9 +339,20 @@ def test_copies_and_pickles_pack_their_own_weights() -> None:
     assert torch.equal(torch.load(file, weights_only=False)(x), want)
 
 
-def _child(model: nn.Module, x: Tensor, queue) -> None:
-    torch.set_num_threads(1)
-    queue.put(model(x).numpy())
+def _child(call: Callable[[Tensor], Tensor], x: Tensor, num_threads: int, queue: Any) -> None:
+    torch.set_num_threads(num_threads)
+    with torch.inference_mode():
+        queue.put(call(x).numpy())
+
+
+def in_forked_child(call: Callable[[Tensor], Tensor], x: Tensor, num_threads: int) -> Tensor:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_child, args=(call, x, num_threads, queue))
+    process.start()
+    got = torch.from_numpy(queue.get(timeout=60))
+    process.join(timeout=60)
+    return got
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -368,13 +380,7 @@ def test_a_forked_child_and_threads() -> None:
         for got in found:
             torch.testing.assert_close(got, want)
 
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=_child, args=(model, x, queue))
-    process.start()
-    got = torch.from_numpy(queue.get(timeout=60))
-    process.join(timeout=60)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(in_forked_child(model, x, 1), want)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

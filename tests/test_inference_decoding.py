@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_inference import always_sparse, fresh, prune  # noqa: F401  # fixtures
+from test_inference import always_sparse, fresh, in_forked_child, prune  # noqa: F401  # fixtures
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -36,7 +35,7 @@ from gap_hf import GaPError, optimize_for_inference, restore
 from gap_hf.bench.profile import EXPORTED, SPARSE_LAYERS, where_time_goes
 from gap_hf.bench.rivals import KINDS
 from gap_hf.bench.subject import Job, subject_of
-from gap_hf.inference.calls import CACHES
+from gap_hf.caches import CACHES
 from gap_hf.inference.decoding import DecodesExported, DecodingStep
 from gap_hf.inference.product import direct
 
@@ -358,11 +357,6 @@ def test_another_type_is_another_line() -> None:
     assert model.gap_step.steps > 0
 
 
-def _child(model: Any, x: Tensor, queue: Any) -> None:
-    with torch.inference_mode():
-        queue.put(model(x).numpy())
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_forked_child_has_one_thread() -> None:
@@ -376,13 +370,7 @@ def test_a_forked_child_has_one_thread() -> None:
         want = layer(x)
         for _ in range(3):
             torch.testing.assert_close(call(x), want)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=_child, args=(call, x, queue))
-    process.start()
-    got = torch.from_numpy(queue.get(timeout=60))
-    process.join(timeout=60)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(in_forked_child(call, x, 2), want)
 
 
 def test_copies_pickles_saves_and_restore(tmp_path: Path) -> None:

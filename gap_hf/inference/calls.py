@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,8 @@ from torch.export import Dim
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-CACHES = ("cache", "past_key_values")  # transformers renamed it in 2026
+from gap_hf.caches import CACHES, tensors_of
+
 Key = tuple[Any, ...]
 _IDS = {True: "decoder_input_ids", False: "input_ids"}
 
@@ -132,20 +133,7 @@ def _holds(layer: Any) -> bool:
     return is_known and cast(Any, layer).keys.ndim == 4 and cast(Any, layer).keys.shape[2] > 0
 
 
-def filled(tensors: list[Tensor]) -> DynamicCache:
-    cache = DynamicCache()
-    for layer in range(len(tensors) // 2):
-        cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
-    return cache
-
-
 def _shallow(cache: Any) -> Any:
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
-
-
-def tensors_of(cache: Any) -> Iterator[Tensor]:
-    for layer in cache.layers:
-        yield layer.keys
-        yield layer.values

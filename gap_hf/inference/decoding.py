@@ -16,12 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
+from gap_hf.caches import CACHES, after_source, filled, tensors_of
 from gap_hf.errors import GaPError
-from gap_hf.inference.calls import CACHES, Key, StepCall, filled, tensors_of
-from gap_hf.inference.layers import ORDINARY
+from gap_hf.inference.calls import Key, StepCall
+from gap_hf.inference.layers import ORDINARY, CopiesAreOrdinary
 from gap_hf.inference.straight import straighten
 
 logger = logging.getLogger(__name__)
@@ -36,19 +35,24 @@ _lock = threading.RLock()
 _Line = Callable[..., tuple[Tensor, ...]]
 
 
-class DecodesExported:
-    """A model whose decoding step is a straight line. Copies and pickles of it are ordinary models."""
+class DecodesExported(CopiesAreOrdinary):
+    """A model whose decoding step is a straight line.
+
+    Attributes:
+        gap_step: Its lines.
+        gap_class: The class that it had.
+    """
 
     gap_step: DecodingStep
+    gap_class: type
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in vars(self).items() if key != "gap_step"}
-        return object.__new__, (ordinary_class(type(self)),), state
+    def ordinary_class(self) -> type:
+        return self.gap_class
 
 
-def ordinary_class(cls: type) -> type:
+def ordinary_class(cls: type) -> Any:
     """The class that a model has or had."""
-    return cls.__mro__[cls.__mro__.index(DecodesExported) + 1] if issubclass(cls, DecodesExported) else cls
+    return getattr(cls, "gap_class", cls)
 
 
 def decode_exported(model: Any) -> None:
@@ -86,7 +90,7 @@ def _lean(cls: Any) -> type:
         output = None if args or step is None else step(self, kwargs)
         return cls.forward(self, *args, **kwargs) if output is None else output
 
-    names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    names = {"forward": forward, "gap_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (DecodesExported, cls), names)
 
 
@@ -201,10 +205,7 @@ class _Step(nn.Module):
             output = self.ordinary.forward(model, **kwargs, **{self.call.cache_name: cache})
             return output.logits, list(tensors_of(cache))
         half = len(past) // 2
-        cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
-        for layer in range(half // 2):
-            cache.is_updated[layer] = True  # so that nothing is computed from hidden states of the source
-        kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=past[half][:, 0])  # type: ignore[arg-type]
+        cache, kwargs["encoder_outputs"] = after_source(past[:half], past[half:])
         output = self.ordinary.forward(model, **kwargs, **{self.call.cache_name: cache})
         return output.logits, list(tensors_of(cache.self_attention_cache))
 

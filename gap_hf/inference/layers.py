@@ -70,15 +70,18 @@ class SparseConv1D(Conv1D):
 
 
 class CopiesAreOrdinary:
-    """Copies and pickles of such a layer, as an average of weights makes them, are layers of the ordinary class."""
+    """Copies and pickles of such a module, as an average of weights makes them, are of the ordinary class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        ordinary = next(cls for cls in type(self).__mro__ if cls in SPARSE)
-        return object.__new__, (ordinary,), self.ordinary_state()
+        return object.__new__, (self.ordinary_class(),), self.ordinary_state()
+
+    def ordinary_class(self) -> type:
+        """The class that it would have."""
+        return next(cls for cls in type(self).__mro__ if cls in SPARSE)
 
     def ordinary_state(self) -> dict[str, Any]:
-        """What the ordinary layer would have."""
-        return {key: value for key, value in vars(self).items() if key != "gap_product"}
+        """What the ordinary module would have."""
+        return {key: value for key, value in vars(self).items() if key not in ("gap_product", "gap_step")}
 
 
 class SparseConv2d(nn.Conv2d):
