@@ -15,13 +15,13 @@ demo-dense: $(VENV)/.demo  ## the same steps without GaP: the figure that the de
 	$(BIN)/accelerate launch --num_processes 1 scripts/translate.py recipes/translation/demo-dense.yaml $(DEMO_ARGS)
 
 test: $(VENV)/.test  ## everything but benchmarks; needs no network and no GPU
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 test-distributed: $(VENV)/.test  ## of these, the ones on one, two and four gloo processes
 	$(BIN)/python -m pytest tests/distributed tests/test_ddp.py $(PYTEST_ARGS)
 
 test-lowest: .venv-lowest/.test  ## the same tests at the lower bounds of pyproject.toml
-	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

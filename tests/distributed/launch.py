@@ -23,5 +23,5 @@ def launch(script: str, num_processes: int, folder: Path, options: Any) -> subpr
         env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )

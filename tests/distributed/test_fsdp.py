@@ -26,7 +26,7 @@ def summaries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
         },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return {world: json.loads((folder / f"{world}.json").read_text()) for world in (1, 2, 4)}

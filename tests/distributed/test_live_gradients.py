@@ -38,7 +38,7 @@ def run_cases(world: int, folder: Path, cases: list[str]) -> dict[str, list[dict
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return {c: [json.loads((folder / f"{c}-{r}.json").read_text()) for r in range(world)] for c in cases}
