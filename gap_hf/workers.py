@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -85,8 +85,26 @@ class OneWorker:
 class _Workers(OneWorker, ABC):
     """What both kinds share: the merge."""
 
+    _is_merged = False
+
     def __init__(self, num: int) -> None:
         self.num = num
+
+    @contextmanager
+    def merged(self, sparsifier: Sparsifier) -> Iterator[None]:
+        if not self.apart or self._is_merged:  # in a merged view it is what it is: no second merge
+            yield
+            return
+        with self._as_merged(sparsifier):
+            self._is_merged = True
+            try:
+                yield
+            finally:
+                self._is_merged = False
+
+    @abstractmethod
+    def _as_merged(self, sparsifier: Sparsifier) -> AbstractContextManager[None]:
+        """`merged`, of replicas that are apart."""
 
     def merge(self, sparsifier: Sparsifier) -> None:
         assert self.apart
@@ -176,10 +194,7 @@ class ProcessWorkers(_Workers):
         self._set_apart(True)
 
     @contextmanager
-    def merged(self, sparsifier: Sparsifier) -> Iterator[None]:
-        if not self.apart:
-            yield
-            return
+    def _as_merged(self, sparsifier: Sparsifier) -> Iterator[None]:
         own = live_replica(sparsifier).clone(share_optimizer=True)
         self._merge(sparsifier, with_optimizer=False)
         try:
@@ -285,10 +300,7 @@ class SequentialWorkers(_Workers):
             grad.mul_(self.num)
 
     @contextmanager
-    def merged(self, sparsifier: Sparsifier) -> Iterator[None]:
-        if not self.apart:
-            yield
-            return
+    def _as_merged(self, sparsifier: Sparsifier) -> Iterator[None]:
         # A merge reads the waiting replicas and the model, which is one of them: so it is put with them first.
         self._waiting[self.active] = own = live_replica(sparsifier).clone(share_optimizer=True)
         self._merge(sparsifier, with_optimizer=False)

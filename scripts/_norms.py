@@ -46,12 +46,14 @@ class RecalibratedTrainer(GaPTrainer):
         if not self.differs_when_finished():
             yield
             return
-        before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        try:
-            self.finish()
-            yield
-        finally:
-            self.model.load_state_dict(before)
+        # While replicas are apart (P-GaP) it is their merge that is finished, and not one of them.
+        with self._gap_merged():
+            before = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            try:
+                self.finish()
+                yield
+            finally:
+                self.model.load_state_dict(before)
 
     def keep_finished_weights(self) -> None:
         """At the end of training: what `finished_weights` gives, for good."""
@@ -71,8 +73,8 @@ class RecalibratedTrainer(GaPTrainer):
     def _plain_batches(self) -> Iterator[Any]:
         """Drawn by the seed alone: equal on every rank and at every call."""
         data: Any = self.train_dataset
-        size = self.args.per_device_train_batch_size
         order = np.random.default_rng(self.args.seed).permutation(len(data))
+        size = min(self.args.per_device_train_batch_size, len(order))
         for start in range(0, min(self.recalibrate * size, len(order) - size + 1), size):
             batch = self.plain_batch(order[start : start + size])
             yield [{name: value.to(self.args.device) for name, value in batch.items()}]

@@ -1,13 +1,17 @@
-"""What the scripts that train from a recipe have in common: its cost, the recorded run beside it, its sparsity."""
+"""What the scripts that train from a recipe have in common: its cost, the recorded run beside it, what is drawn at random."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from gap_hf import GaPError
@@ -65,6 +69,38 @@ def sparsity_of(trainer: Any, model: PreTrainedModel) -> dict[str, Any]:
     if trainer.gap is None:
         return {"sparsity": 0.0, "model_sparsity": 0.0, "num_params": model.num_parameters()}
     return trainer.gap.report()
+
+
+def draw_for(seed: int, epoch: int, index: int) -> int:
+    """A number for one item in one epoch, from which all that is random about it is to come.
+
+    A loader makes batches ahead of their use, so that what it drew from a global generator would be drawn again by a resumed run.
+    """
+    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """In it all global generators start from `seed`, for transforms that use them; after it they are where they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def refuse_persistent_workers(args: TrainingArguments) -> None:
+    """Raises GaPError if loader workers would outlive an epoch, as they keep the data's first one."""
+    if args.dataloader_persistent_workers:
+        raise GaPError(
+            "training.dataloader_persistent_workers: found true, expected false: what is random in the data follows "
+            "the epoch, which workers only learn when they start"
+        )
 
 
 class SetEpoch(TrainerCallback):

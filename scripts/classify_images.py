@@ -1,10 +1,11 @@
 """Train a sparse image classifier by scheduled grow-and-prune: any of timm's networks, or a checkpoint.
 
     accelerate launch scripts/classify_images.py recipes/vision/mnist.yaml --gap.sparsity=0.9
+    python scripts/classify_images.py --predict photo.jpg --model runs/mnist
 
 The recipe (gap, model, data, training) says everything about a run; docs are in `gap_hf.recipe`, `ModelSection` and
-`DataSection`. The output folder holds the model, which AutoModelForImageClassification and pipelines load, the masks, the
-recipe as it was run, results.json, mistakes.png and plot.png.
+`DataSection`. The output folder holds the model, which AutoModelForImageClassification loads, and pipelines too if it takes
+three channels (they make every image one of three), the masks, the recipe as it was run, results.json, mistakes.png and plot.png.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import timm
 import torch
 import transformers
 import yaml
-from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
-from _vision.data import DataSection, Images, load_images
-from _vision.model import ModelSection, check_training, load_model
+from _run import RECIPE_FILE, cost_of, read_reference, refuse_persistent_workers, sparsity_of
+from _vision.data import DataSection, load_images
+from _vision.model import ModelSection, check_training, known_format, load_model
+from _vision.prediction import best_names
 from _vision.scoring import accuracy, best_classes, draw_mistakes
-from _vision.training import Batches, ClassificationTrainer, make_mixup, normalization, set_transforms
+from _vision.training import Batches, ClassificationTrainer, image_format, make_mixup, set_transforms
 from transformers import TrainingArguments, set_seed
 
 import gap_hf
@@ -45,11 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("recipe", help="YAML file; any --section.key=value after it overrides one value")
+    parser.add_argument("recipe", nargs="?", help="YAML file; any --section.key=value after it overrides one value")
     parser.add_argument("--plan", action="store_true", help="print targets, groups, phases and cost, and stop")
+    parser.add_argument("--predict", type=Path, nargs="+", metavar="IMAGE", help="image files to name the classes of")
+    parser.add_argument("--model", help="with --predict: a saved model, such as a run's output folder")
     args, overrides = parser.parse_known_args(argv)
     try:
-        train(load_recipe(args.recipe, overrides, model_cls=ModelSection, data_cls=DataSection), plan_only=args.plan)
+        if args.predict is not None:
+            if args.model is None or args.recipe is not None or overrides:
+                raise GaPError("--predict: expected image files and --model, and nothing else")
+            for path, best in zip(args.predict, best_names(args.model, args.predict), strict=True):
+                print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in best))
+            return 0
+        if args.recipe is None:
+            raise GaPError("no recipe given; expected a YAML file such as recipes/vision/mnist.yaml")
+        recipe = load_recipe(
+            args.recipe, overrides, model_cls=ModelSection, data_cls=DataSection, training_cls=TrainingArguments
+        )
+        train(recipe, plan_only=args.plan)
     except GaPError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -69,12 +84,10 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
     set_seed(args.seed)
     with args.main_process_first(desc="loading the data"):
         splits = load_images(data)
-    size = image_size(splits["train"], data)
-    set_transforms(splits, data, size)
-    norm = normalization(data, size[0])
+    form = image_format(splits["train"], data, known_format(section))
+    set_transforms(splits, data, form)
     set_seed(args.seed)  # the same weights, whatever came before
-    shown = {**norm, "crop_pct": data.crop_share if data.needs_pictures else 1.0}
-    model = load_model(section, splits["train"].classes, size=size, norm=shown)
+    model, processor = load_model(section, splits["train"].classes, form)
 
     total_steps, steps_per_epoch = count_optimizer_steps(count_batches(len(splits["train"]), args), args)
     check_training(section, model, args, total_steps)
@@ -82,9 +95,8 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
     if cost is None:
         return
 
-    of_pixels = None if data.needs_pictures else norm
     mixup = make_mixup(data, len(splits["train"].classes), args.label_smoothing_factor)
-    plain = Batches(data, of_pixels, training=False)
+    plain = Batches(data, form, training=False)
     trainer = ClassificationTrainer(
         model=model,
         args=args,
@@ -92,10 +104,11 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
         train_dataset=splits["train"],
         eval_dataset=splits["dev"],
         data_collator=plain,
+        processing_class=processor,
         preprocess_logits_for_metrics=best_classes,
         compute_metrics=lambda found: accuracy(found.predictions, found.label_ids),
     )
-    trainer.attach(section, Batches(data, of_pixels, mixup, training=True), plain)
+    trainer.attach(section, Batches(data, form, mixup, training=True), plain)
     output = Path(str(args.output_dir))
     if trainer.is_world_process_zero():
         if resume is None:
@@ -149,21 +162,18 @@ def check_arguments(recipe: ImageRecipe, args: TrainingArguments, *, plan_only: 
         raise GaPError(
             f"training.per_device_train_batch_size: found {args.per_device_train_batch_size}, expected an even number: mixup takes images in pairs"
         )
-    if args.dataloader_persistent_workers:
+    if recipe.model.schedule is not None and recipe.gap.lr_schedule == "restart" and not recipe.gap.is_off:
         raise GaPError(
-            "training.dataloader_persistent_workers: found true, expected false: workers that stay would augment alike in every epoch"
+            "gap.lr_schedule: found restart beside model.schedule, which runs once over all steps; expected whole, "
+            "or training.lr_scheduler_type in place of model.schedule"
         )
+    if recipe.model.average_decay is not None and recipe.gap.method == "parallel":
+        raise GaPError(
+            "model.average_decay: contradicts gap.method: parallel, whose replicas would each have an average of their own; expected null"
+        )
+    refuse_persistent_workers(args)
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
-
-
-def image_size(images: Images, data: DataSection) -> tuple[int, int, int]:
-    """Channels, height and width of what the model sees."""
-    if data.image_size is not None:
-        return (images.channels, data.image_size, data.image_size)
-    if images.pixels is None:
-        return (images.channels, 224, 224)
-    return (images.channels, *images.pixels.shape[2:])
 
 
 def table(results: dict[str, Any], reference: dict[str, Any] | None) -> str:

@@ -3,8 +3,8 @@
     accelerate launch scripts/detect_objects.py recipes/detection/digits.yaml --training.learning_rate=2e-3
 
 The recipe (gap, model, data, training) says everything about a run; docs are in `gap_hf.recipe`, `ModelSection` and
-`DataSection`. The output folder holds the model, the masks, the recipe as it was run, results.json, detections.png
-and plot.png. Where the data have a test set, it is scored once, at the end; COCO's has no public boxes, so its dev set is.
+`DataSection`. The output folder holds the model (transformers' own with an image processor, so that pipelines load it), the
+masks, the recipe as it was run, results.json, detections.png and plot.png. Where the data have a test set, it is scored once, at the end; COCO's has no public boxes, so its dev set is.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import transformers
 import yaml
 from _detection.data import DataSection, load_splits
 from _detection.drawing import draw_detections
-from _detection.model import ModelSection, load_model
+from _detection.model import ModelSection, image_processor, load_model
 from _detection.preparing import DetectionSet, collate
 from _detection.results import SCORES, results_table
 from _detection.training import DetectionTrainer
-from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
+from _run import RECIPE_FILE, SetEpoch, cost_of, read_reference, refuse_persistent_workers, sparsity_of
 from transformers import TrainingArguments, set_seed
 
 import gap_hf
@@ -66,6 +66,11 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
         raise GaPError("gap.method: 'dense' trains without grow-and-prune, so there is nothing to plan")
     data = recipe.data
     args: TrainingArguments = recipe.training_arguments(TrainingArguments)
+    refuse_persistent_workers(args)
+    if args.label_smoothing_factor:
+        raise GaPError(
+            f"training.label_smoothing_factor: found {args.label_smoothing_factor}, expected 0: a detection model works out its own loss"
+        )
     # A plan needs no processes, and finds by itself what contradicts its length.
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
@@ -76,7 +81,8 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
     set_seed(args.seed)  # the same weights, whatever came before
     with args.main_process_first(desc="loading the model"):
         model, classes, form = load_model(recipe.model, splits.names)
-    train_set = DetectionSet(splits.train, form, classes=classes, augmentation=data.augmentation)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    train_set = DetectionSet(splits.train, form, classes=classes, augmentation=data.augmentation, seed=seed)
     dev_set = DetectionSet(splits.dev, form, classes=classes)
     split, scored = splits.scored(data.score)
 
@@ -92,7 +98,9 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
         train_dataset=train_set,
         eval_dataset=dev_set,
         data_collator=collate,
+        processing_class=image_processor(model, form),
     )
+    trainer.add_callback(SetEpoch(train_set))
     trainer.score_on(splits.dev, splits.names, classes)
     output = Path(str(args.output_dir))
     if trainer.is_world_process_zero():

@@ -27,7 +27,7 @@ from _points.metrics import best_parts, nearest_neighbour_parts, part_scores
 from _points.model import ModelSection, load_model
 from _points.render import Drawn, draw_clouds, table
 from _points.section import DataSection
-from _run import RECIPE_FILE, SetEpoch, cost_of, read_reference, sparsity_of
+from _run import RECIPE_FILE, SetEpoch, cost_of, read_reference, refuse_persistent_workers, sparsity_of
 from transformers import TrainingArguments, set_seed
 
 import gap_hf
@@ -169,11 +169,7 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
 
 
 def check_arguments(recipe: PointRecipe, args: TrainingArguments, *, plan_only: bool = False) -> None:
-    if args.dataloader_persistent_workers:
-        raise GaPError(
-            "training.dataloader_persistent_workers: found true, expected false: what is random in the data follows "
-            "the epoch, which workers only learn when they start"
-        )
+    refuse_persistent_workers(args)
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
     read_reference(recipe.data.reference, ("point_accuracy",))

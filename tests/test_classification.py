@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import shutil
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,16 +20,28 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import classify_images  # noqa: E402
+from _images import open_picture  # noqa: E402
+from _norms import RecalibratedTrainer  # noqa: E402
 from _vision.data import DataSection, load_images  # noqa: E402
-from _vision.model import ModelSection, load_model, make_schedule  # noqa: E402
+from _vision.model import ImageFormat, ModelSection, known_format, load_model, make_schedule  # noqa: E402
 from _vision.scoring import accuracy, best_classes  # noqa: E402
-from _vision.training import Batches, make_mixup, set_transforms  # noqa: E402
+from _vision.training import Batches, image_format, make_mixup, set_transforms  # noqa: E402
 
 from gap_hf import GaPConfig, GaPError, Sparsifier, load_masks  # noqa: E402
 from gap_hf.cli import main as gap_hf  # noqa: E402
@@ -35,6 +49,7 @@ from gap_hf.planning import summarize  # noqa: E402
 from gap_hf.recipe import load_recipe  # noqa: E402
 
 RECIPES = sorted((ROOT / "recipes" / "vision").rglob("*.yaml"))
+GREY = ImageFormat((1, 12, 12), [0.5], [0.5], 1.0)
 TINY = {"channels": [8, 8, 16, 16], "stem_width": 8}
 
 
@@ -45,6 +60,15 @@ def stripes(n: int, seed: int, size: int = 12) -> tuple[np.ndarray, np.ndarray]:
     y, x = np.mgrid[:size, :size]
     lines = np.stack([x, y, x + y])[labels] + rng.integers(0, 4, (n, 1, 1))
     return ((lines % 4 < 2) * 200 + rng.integers(0, 55, (n, size, size))).astype(np.uint8), labels.astype(np.uint8)
+
+
+def write_folder(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """The first half as training images, the second as dev."""
+    for i, image in enumerate(images):
+        split = "train" if i < len(images) // 2 else "val"
+        path = folder / split / f"class{labels[i]}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -137,9 +161,7 @@ def test_the_score_is_that_of_the_saved_model(finished: Path, idx: Path) -> None
     out = finished / "out"
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     test = load_images(DataSection(idx=idx))["test"]
-    batch = Batches(DataSection(idx=idx), {"mean": [0.5], "std": [0.5]}, training=False)(
-        [test[i] for i in range(len(test))]
-    )
+    batch = Batches(DataSection(idx=idx), GREY, training=False)([test[i] for i in range(len(test))])
     with torch.inference_mode():
         best = best_classes(model(pixel_values=batch["pixel_values"]).logits)
     assert json.loads((out / "results.json").read_text())["top1"] == accuracy(best.numpy(), test.labels)["top1"]
@@ -153,6 +175,18 @@ def test_batch_norms_of_the_saved_model_are_of_the_batches_that_were_asked_for(f
         n: int(v) for n, v in load_file(finished / "out/checkpoint-16/model.safetensors").items() if "num_batches" in n
     }
     assert set(counts.values()) == {16}
+
+
+def test_batch_norms_of_few_images_are_of_all_of_them() -> None:
+    class Few(RecalibratedTrainer):
+        def plain_batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+            return {"pixel_values": torch.from_numpy(indices)}
+
+    trainer = object.__new__(Few)
+    trainer.recalibrate, trainer.train_dataset = 25, range(3)  # type: ignore[assignment]
+    trainer.args = SimpleNamespace(per_device_train_batch_size=8, seed=1, device="cpu")  # type: ignore[assignment]
+    batches = [batch["pixel_values"].tolist() for (batch,) in trainer._plain_batches()]
+    assert [sorted(batch) for batch in batches] == [[0, 1, 2]]
 
 
 def test_averaged_weights_obey_the_masks_of_every_checkpoint(finished: Path) -> None:
@@ -212,17 +246,15 @@ def test_arrays_and_folders(tmp_path: Path) -> None:
     section = DataSection(arrays=tmp_path / "icons.npz", images="x", labels="group")
     found = load_images(section)
     assert found["train"].channels == 3 and sum(map(len, found.values())) == 60
-    for split, rows in (("train", range(30)), ("val", range(30, 60))):
-        for i in rows:
-            path = tmp_path / "folder" / split / f"class{labels[i]}" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i]).save(path)
+    write_folder(tmp_path / "folder", images, labels)
     section = DataSection(
         folder=tmp_path / "folder", score="dev", image_size=16, scale=[0.5, 1], auto_augment="rand-m3"
     )
     found = load_images(section)
     assert found.keys() == {"train", "dev"} and found["dev"].classes == ["class0", "class1", "class2"]
-    set_transforms(found, section, (3, 16, 16))
+    form = image_format(found["train"], section, {})
+    assert form.size == (3, 16, 16) and form.crop_share == 0.875
+    set_transforms(found, section, form)
     example = found["train"][0]
     assert example["pixel_values"].shape == (3, 16, 16) and example["pixel_values"].dtype == torch.float32
     before = torch.get_rng_state()
@@ -232,15 +264,59 @@ def test_arrays_and_folders(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     plain = found["train"].plain()
     assert torch.equal(plain[0]["pixel_values"], plain[0]["pixel_values"])
+    # As a loader's workers are sent it where processes are not forked.
+    for images in (found["train"], found["dev"].select(np.array([3, 1]))):
+        again = pickle.loads(pickle.dumps(images))
+        assert np.array_equal(again.picture(1), images.picture(1)) and again.labels[1] == images.labels[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ({}, []),
+        ({"horizontal_flip": 1.0}, ["RandomHorizontalFlip"]),
+        ({"color_jitter": 0.4}, ["ColorJitter"]),
+        ({"random_erasing": 1.0}, ["RandomErasing"]),
+        ({"auto_augment": "rand-m3"}, ["RandAugment"]),
+        ({"horizontal_flip": 1.0, "scale": [0.5, 1.0]}, ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]),
+    ],
+)
+def test_what_is_asked_for_is_done_and_nothing_else(tmp_path: Path, asked: dict[str, Any], names: list[str]) -> None:
+    """An augmentation by itself, and without `scale` no crop but evaluation's own."""
+    write_folder(tmp_path, *stripes(40, 3))
+    section = DataSection(folder=tmp_path, score="dev", image_size=12, crop_share=0.8, **asked)
+    found = load_images(section)
+    set_transforms(found, section, image_format(found["train"], section, {}))
+    steps: Any = found["train"].transform
+    always = ["MaybeToTensor", "Normalize"] + ([] if "scale" in asked else ["Resize", "CenterCrop"])
+    assert sorted(type(step).__name__ for step in steps.transforms) == sorted(always + names)
+    pixels, plain = found["train"][0]["pixel_values"], found["train"].plain()[0]["pixel_values"]
+    assert torch.equal(pixels, plain) == (not names)
+    if list(asked) == ["horizontal_flip"]:
+        assert torch.equal(pixels, plain.flip(-1))
+
+
+def test_photos_are_seen_upright_and_16_bits_of_grey_are_not_cut(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "one"
+    folder.mkdir(parents=True)
+    (tmp_path / "train" / "two").mkdir()
+    stored = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn a quarter to the right"
+    stored.save(folder / "a.png", exif=exif)
+    Image.fromarray(np.array([[0, 100, 1000, 60000]], np.uint16)).save(folder / "b.png")
+    stored.save(tmp_path / "train" / "two" / "c.png")
+    Image.fromarray(np.array([[0.5]], np.float32)).save(tmp_path / "d.tiff")
+    images = load_images(DataSection(folder=tmp_path, score="dev", dev_share=0.4))
+    seen = {im.size: np.array(im)[:, :, 0] for im in (s.picture(i) for s in images.values() for i in range(len(s)))}
+    assert np.array_equal(seen[2, 3], np.rot90(seen[3, 2], -1)) and seen[4, 1].tolist() == [[0, 0, 3, 234]]
+    with pytest.raises(ValueError, match="its mode is F; expected 8 bits"):
+        open_picture(tmp_path / "d.tiff")
 
 
 def test_shifted_images_are_the_image_moved_with_black_edges() -> None:
     pixels = torch.arange(1, 26, dtype=torch.uint8).view(1, 5, 5)
-    batches = Batches(
-        DataSection(idx=Path("."), random_shift=2),
-        {"mean": [0.5], "std": [0.5]},
-        training=True,
-    )
+    batches = Batches(DataSection(idx=Path("."), random_shift=2), GREY, training=True)
     seen = set()
     for draw in range(60):
         moved = batches([{"pixel_values": pixels, "labels": 0, "draw": draw}])["pixel_values"][0, 0]
@@ -255,7 +331,7 @@ def test_shifted_images_are_the_image_moved_with_black_edges() -> None:
 
 def test_mixed_labels_sum_to_one_and_accumulation_is_a_mean(idx: Path) -> None:
     section = DataSection(idx=idx, mixup=0.4, cutmix=1.0)
-    batches = Batches(section, {"mean": [0.5], "std": [0.5]}, make_mixup(section, 10, 0.1), training=True)
+    batches = Batches(section, GREY, make_mixup(section, 10, 0.1), training=True)
     train = load_images(section)["train"]
     batch = batches([train[i] for i in range(8)])
     assert batch["labels"].shape == (8, 10) and torch.allclose(batch["labels"].sum(1), torch.ones(8))
@@ -340,10 +416,73 @@ def test_one_step_moves_live_weights_only(name: str) -> None:
     assert moved > 0
 
 
-def test_a_head_of_other_classes_is_made_anew(finished: Path) -> None:
+def test_a_checkpoint_goes_on_with_its_format_and_the_datas_classes(finished: Path, idx: Path, tmp_path: Path) -> None:
     section = ModelSection(checkpoint=finished / "out")
-    model = load_model(section, ["a", "b", "c"], size=(1, 12, 12), norm={})
-    assert model(pixel_values=torch.zeros(1, 1, 12, 12)).logits.shape == (1, 3)
+    assert known_format(section) == {"size": (12, 12), "mean": [0.5], "std": [0.5], "crop_share": 1.0}
+    form = ImageFormat((1, 14, 14), [0.25], [0.75], 0.9)
+    for classes in (["a", "b", "c"], [f"class {i}" for i in range(10)]):  # another head, and the same one
+        model, processor = load_model(section, classes, form)
+        assert model(pixel_values=torch.zeros(1, 1, 12, 12)).logits.shape == (1, len(classes)) and processor is None
+        model.save_pretrained(tmp_path)
+        again = AutoModelForImageClassification.from_pretrained(tmp_path)
+        assert again.config.id2label == dict(enumerate(classes))
+        known = known_format(ModelSection(checkpoint=tmp_path))
+        assert known == {"size": (14, 14), "mean": [0.25], "std": [0.75], "crop_share": 0.9}
+    images, data = load_images(DataSection(idx=idx))["train"], DataSection(idx=idx)
+    assert image_format(images, data, known).mean == [0.25]
+    with pytest.raises(GaPError, match="takes images of 3 channels, but the data's have 1"):
+        image_format(images, data, {"mean": [0.5] * 3})
+
+
+def test_transformers_own_models_are_saved_with_a_processor_that_prepares_images_as_here(tmp_path: Path) -> None:
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.3] * 3).save_pretrained(
+        tmp_path / "vit"
+    )
+    write_folder(tmp_path / "data", *stripes(40, 3, size=20))
+    section, data = ModelSection(checkpoint=tmp_path / "vit"), DataSection(folder=tmp_path / "data", score="dev")
+    known = known_format(section)
+    assert known == {"size": (16, 16), "mean": [0.1] * 3, "std": [0.3] * 3, "crop_share": 1.0}
+    found = load_images(data)
+    form = image_format(found["train"], data, known)
+    set_transforms(found, data, form)
+    model, processor = load_model(section, found["train"].classes, form)
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    pixels = AutoImageProcessor.from_pretrained(tmp_path / "out")(found["dev"].picture(0), return_tensors="pt")
+    torch.testing.assert_close(pixels["pixel_values"][0], found["dev"][0]["pixel_values"], atol=0.02, rtol=0)
+    classify = pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
+    answers: Any = classify(found["dev"].picture(0))
+    assert {answer["label"] for answer in answers} == set(found["train"].classes)
+
+
+def test_predict_names_the_classes_of_files(
+    finished: Path, idx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model of one channel too, which no pipeline feeds."""
+    test = load_images(DataSection(idx=idx))["test"]
+    for i in range(3):
+        test.picture(i).save(tmp_path / f"{i}.png")
+    words = ["--predict", *(str(tmp_path / f"{i}.png") for i in range(3))]
+    assert classify_images.main([*words, "--model", str(finished / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model = AutoModelForImageClassification.from_pretrained(finished / "out").eval()
+    batch = Batches(DataSection(idx=idx), GREY, training=False)([test[i] for i in range(3)])
+    with torch.inference_mode():
+        shares, best = model(pixel_values=batch["pixel_values"]).logits.softmax(-1).max(-1)
+    expected = [
+        f"{tmp_path / f'{i}.png'}: {int(c)} {float(p):.1%}," for i, (c, p) in enumerate(zip(best, shares, strict=True))
+    ]
+    assert [line.startswith(start) for line, start in zip(lines, expected, strict=True)] == [True] * 3
+    (tmp_path / "0.png").write_bytes(b"nothing")
+    assert classify_images.main([*words, "--model", str(finished / "out")]) == 2
+    assert "0.png: cannot be read as an image" in capsys.readouterr().err
+    assert classify_images.main(words) == 2 and classify_images.main([]) == 2
+    err = capsys.readouterr().err
+    assert "--predict: expected image files and --model" in err and "no recipe given" in err
 
 
 # --- recipes and errors ----------------------------------------------------------------------------------------------
@@ -365,7 +504,9 @@ def test_every_recipe_is_planned(path: Path, idx: Path, tmp_path: Path, capsys: 
     values["model"].get("args", {}).pop("in_chans", None)
     values["training"] |= {"use_cpu": True, "bf16": False, "max_steps": 2000}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    recipe = load_recipe(tmp_path / "r.yaml", [], model_cls=ModelSection, data_cls=DataSection)
+    recipe = load_recipe(
+        tmp_path / "r.yaml", [], model_cls=ModelSection, data_cls=DataSection, training_cls=TrainingArguments
+    )
     words = [] if not recipe.gap.is_off else ["--gap.method=cyclic", "--gap.sparsity=0.8"]
     assert classify_images.main([str(tmp_path / "r.yaml"), "--plan", *words]) == 0
     assert "Phases" in capsys.readouterr().out
@@ -391,6 +532,16 @@ def test_there_are_recipes() -> None:
         (["--data.mixup=0.2", "--training.per_device_train_batch_size=7"], "expected an even number"),
         (["--data.dev_share=0"], "data.dev_share: 0"),
         (["--gap.sparsity=1.5"], "gap.sparsity"),
+        (
+            ["--gap.lr_schedule=restart", "--model.schedule=cosine"],
+            "gap.lr_schedule: found restart beside model.schedule",
+        ),
+        (
+            ["--gap.method=parallel", "--model.average_decay=0.9"],
+            "model.average_decay: contradicts gap.method: parallel",
+        ),
+        (["--data.auto_augment=rand-m3", "--data.color_jitter=0.2"], "data.color_jitter: timm leaves it out"),
+        (["--training.predict_with_generate=true"], "training.predict_with_generate: unknown key"),
         (
             ["--training.dataloader_persistent_workers=true", "--training.dataloader_num_workers=1"],
             "training.dataloader_persistent_workers: found true, expected false",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -19,9 +21,13 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import alexnet, vgg16
-from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection import (
+    SSDLite320_MobileNet_V3_Large_Weights,
+    ssd300_vgg16,
+    ssdlite320_mobilenet_v3_large,
+)
 from torchvision.ops import box_convert
-from transformers import AutoConfig, AutoModelForObjectDetection, TrainingArguments
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, TrainingArguments, pipeline
 
 import gap_hf.models
 from gap_hf import GaPConfig, GaPError, Sparsifier, find_targets, load_masks, make_partition
@@ -109,18 +115,22 @@ def test_the_loss_is_torchvisions(architecture: str, size: int) -> None:
     assert torch.equal(output[0], output.loss) and len(model(**inputs, return_dict=False)) == 4
 
 
-def test_detections_are_torchvisions() -> None:
+@pytest.mark.parametrize(("architecture", "size"), [(SMALL, 64), (LITE, 320)])
+def test_detections_are_torchvisions(architecture: str, size: int) -> None:
     torch.manual_seed(0)
-    model = ssd(num_labels=3).eval()
+    model = ssd(architecture, num_labels=3).eval()
+    with torch.no_grad():  # an untrained one gives all classes the same scores, whose order says nothing
+        for param in model.ssd.head.get_submodule("classification_head").parameters() if architecture == LITE else []:
+            param.copy_(torch.randn_like(param) / 8)
     model.ssd.transform.image_mean, model.ssd.transform.image_std = [0.0] * 3, [1.0] * 3
-    pixels = batch(64)["pixel_values"]
+    pixels = batch(size)["pixel_values"]
     with torch.no_grad():
         found, expected = model.post_process(model(pixels)), model.ssd(list(pixels))
     for mine, theirs in zip(found, expected, strict=True):
         assert len(mine["scores"]) == len(theirs["scores"]) > 0
         torch.testing.assert_close(mine["scores"], theirs["scores"])
         assert torch.equal(mine["labels"], theirs["labels"] - 1)
-        torch.testing.assert_close(mine["boxes"] * 64, theirs["boxes"], atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(mine["boxes"] * size, theirs["boxes"], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("architecture", "builder"), [(VGG, ssd300_vgg16), (LITE, ssdlite320_mobilenet_v3_large)])
@@ -179,6 +189,29 @@ def test_torchvisions_weights_are_refused_where_there_are_none() -> None:
         ssd().load_torchvision_weights(weights="COCO_V1")
     with pytest.raises(ValueError, match="knows 90 classes, but the config has 2"):
         on_meta(lambda: ssd(VGG)).load_torchvision_weights(weights="COCO_V1")  # type: ignore[operator]
+
+
+def test_torchvisions_weights_know_cocos_classes_by_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """COCO numbers its 80 classes with gaps, and torchvision's heads have all 90 places."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    theirs = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).state_dict()
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    url = SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.url
+    torch.save(
+        theirs, tmp_path / "hub/checkpoints" / url.rsplit("/", 1)[1]
+    )  # as torchvision keeps what it has downloaded
+    section = ModelSection(type="gap_hf_ssd", config={"architecture": LITE}, weights="COCO_V1")
+    model, classes, _ = load_model(section, ["stop sign", "person"])
+    assert classes == [12, 0] and model.config.num_labels == 90
+    assert [model.config.id2label[i] for i in (0, 11, 12)] == ["person", "unused 11", "stop sign"]
+    assert all(torch.equal(value, theirs[name.removeprefix("ssd.")]) for name, value in model.state_dict().items())
+    with pytest.raises(GaPError, match="COCO_V1 does not know the class 'persn'; did you mean 'person'"):
+        load_model(section, ["persn"])
+    with pytest.raises(GaPError, match="has no weights 'COCO' of an SSD; expected such as COCO_V1"):
+        load_model(dataclasses.replace(section, weights="COCO"), ["person"])
 
 
 # --- what is pruned --------------------------------------------------------------------------------------------------
@@ -421,10 +454,10 @@ def test_boxes_follow_augmentation(tmp_path: Path, augmentation: str) -> None:
     samples, _ = read_coco(tmp_path, write_coco(tmp_path, 2))
     form = ImageFormat((120, 160), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     items = DetectionSet(samples, form, classes=[0, 1], augmentation=augmentation)
-    torch.manual_seed(0)
-    seen = []
-    for index in [0, 1] * 6:
-        item = items[index]
+    before, seen = torch.get_rng_state(), []
+    for place in range(12):
+        items.set_epoch(place // 2)
+        item = items[place % 2]
         boxes = box_convert(item["labels"]["boxes"], "cxcywh", "xyxy")
         assert item["pixel_values"].shape == (3, 120, 160) and len(boxes) == len(item["labels"]["class_labels"]) <= 1
         for left, top, right, bottom in boxes.tolist():
@@ -437,6 +470,34 @@ def test_boxes_follow_augmentation(tmp_path: Path, augmentation: str) -> None:
             assert inner.numel() == 0 or inner.amax(0).min() > 0.2
             seen.append((round(left, 2), int(bright.sum())))
     assert len({left for left, _ in seen}) > 2
+    # What is drawn follows from the epoch and the place, whatever was drawn before; and workers may be sent it in a pickle.
+    again = pickle.loads(pickle.dumps(items))[1]
+    assert torch.equal(again["pixel_values"], item["pixel_values"]) and torch.equal(torch.get_rng_state(), before)
+    other = DetectionSet(samples, form, classes=[0, 1], augmentation=augmentation, seed=1)
+    assert any(not torch.equal(other[i]["pixel_values"], items[i]["pixel_values"]) for i in (0, 1))
+
+
+@pytest.mark.parametrize(("annotated", "upright"), [((80, 60), True), ((40, 30), True), ((60, 80), False)])
+def test_boxes_of_photos_that_are_stored_on_their_side(
+    tmp_path: Path, annotated: tuple[int, int], upright: bool
+) -> None:
+    """Annotations are of the photo as it is seen, at some scale; or of the pixels as they are stored, if only that fits."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[:30, 60:] = 255  # on the upper right as it is stored, and on the lower right as it is seen
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    height, width = annotated
+    box = np.array([[width / 2, height * 3 / 4, width, height] if upright else [60, 0, 80, 30]], float)
+    sample = Sample(1, tmp_path / "a.png", annotated, box, np.zeros(1, int), np.zeros(1, bool))
+    item = DetectionSet([sample], ImageFormat((80, 60) if upright else (60, 80), (0.0,) * 3, (1.0,) * 3), classes=[0])[
+        0
+    ]
+    size = torch.tensor(item["pixel_values"].shape[:0:-1]).repeat(2)
+    left, top, right, bottom = (box_convert(item["labels"]["boxes"], "cxcywh", "xyxy")[0] * size).round().int().tolist()
+    inside = torch.zeros(item["pixel_values"].shape[1:], dtype=torch.bool)
+    inside[top:bottom, left:right] = True
+    assert inside.sum() == 600 and torch.equal(item["pixel_values"][0] > 0.5, inside)
 
 
 BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
@@ -578,7 +639,7 @@ def write_recipe(folder: Path, model: dict[str, Any]) -> Path:
             "eval_steps": 4,
             "logging_steps": 2,
             "save_strategy": "steps",
-            "save_steps": 4,
+            "save_steps": 3,
             "metric_for_best_model": "eval_map",
             "report_to": "none",
             "use_cpu": True,
@@ -621,10 +682,22 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: dict[s
         tmp_path / "run/recipe.yaml", model_cls=ModelSection, data_cls=DataSection, training_cls=TrainingArguments
     )
 
-    # Resumed, from the middle and with a dense run's figures beside it, it is the same run.
+    if model["type"] == "detr":
+        # Pipelines prepare images as they were here, and the script goes on from the folder.
+        samples, _ = read_coco(tmp_path / "dev", tmp_path / "dev/annotations.json")
+        again, classes, form = load_model(ModelSection(checkpoint=tmp_path / "run"), ["bar", "square"])
+        assert classes == [0, 1] and form == ImageFormat((64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
+        pixels = processor(Image.open(samples[0].image), return_tensors="pt")["pixel_values"][0]
+        here = DetectionSet(samples, form, classes=classes)[0]["pixel_values"]
+        torch.testing.assert_close(pixels, here, atol=0.02, rtol=0)
+        find: Any = pipeline("object-detection", model=str(tmp_path / "run"), device="cpu", threshold=0.0)
+        assert {answer["label"] for answer in find(str(samples[0].image))} <= {"bar", "square"}
+
+    # Resumed, from the middle of an epoch and with a dense run's figures beside it, it is the same run.
     reference = tmp_path / "dense.json"
     reference.write_text(json.dumps({"map": 0.5, "map_50": 0.75}), encoding="utf-8")
-    words = [f"--training.resume_from_checkpoint={tmp_path}/run/checkpoint-4", f"--data.reference={reference}"]
+    words = [f"--training.resume_from_checkpoint={tmp_path}/run/checkpoint-3", f"--data.reference={reference}"]
     assert detect_objects.main([str(recipe), *words]) == 0
     out = capsys.readouterr().out
     assert "0.7500" in out and "other images" not in out
@@ -680,7 +753,8 @@ def test_a_test_set_is_scored_once(tmp_path: Path, capsys: pytest.CaptureFixture
         ("--model.config.hidden_size=3", "model.config.hidden_size: unknown key"),
         ("--model.config.num_labels=3", "model.config.num_labels: found 3, but the data has 2 classes"),
         ("--model.config.num_maps=5", "model.config: gap_hf_ssd refuses it: num_maps: found 5"),
-        ("--model.weights=COCO_V1", "model.weights: could not load COCO_V1"),
+        ("--model.weights=COCO_V1", "model.weights: COCO_V1 does not know the class 'bar'"),
+        ("--training.label_smoothing_factor=0.1", "training.label_smoothing_factor: found 0.1, expected 0"),
         ("--model.image_size=64", "model.image_size: gap_hf_ssd has its own"),
         ("--model.image_mean=[1, 2]", "model.image_mean: found [1, 2], expected three numbers"),
         ("--data.builtin=letters", "data.builtin: found 'letters', expected one of digits"),

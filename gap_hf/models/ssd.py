@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_large
+from torchvision.models.detection import (
+    SSD300_VGG16_Weights,
+    SSDLite320_MobileNet_V3_Large_Weights,
+    ssd300_vgg16,
+    ssdlite320_mobilenet_v3_large,
+)
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG, SSDScoringHead
@@ -214,12 +219,14 @@ class SSDForObjectDetection(PreTrainedModel):
         self,
         outputs: SSDOutput,
         *,
-        threshold: float = 0.01,
-        iou: float = 0.45,
-        max_candidates: int = 400,
-        max_detections: int = 200,
+        threshold: float | None = None,
+        iou: float | None = None,
+        max_candidates: int | None = None,
+        max_detections: int | None = None,
     ) -> list[dict[str, Tensor]]:
-        """Detections of each image, best first: non-maximum suppression per class, as torchvision's SSD does it.
+        """Detections of each image, best first: non-maximum suppression per class, as torchvision does it.
+
+        What is None is torchvision's for the architecture: 0.01, 0.45, 400 and 200, and for SSDlite 0.001, 0.55, 300 and 300.
 
         Args:
             outputs: What `forward` returned.
@@ -233,6 +240,10 @@ class SSDForObjectDetection(PreTrainedModel):
             bottom as shares of the image, from 0 to 1.
         """
         assert outputs.logits is not None and outputs.pred_boxes is not None
+        threshold = self.ssd.score_thresh if threshold is None else threshold
+        iou = self.ssd.nms_thresh if iou is None else iou
+        max_candidates = max_candidates or self.ssd.topk_candidates
+        max_detections = max_detections or self.ssd.detections_per_img
         found = []
         scores_of_all = outputs.logits.softmax(-1)[..., :-1]
         for boxes, scores in zip(box_convert(outputs.pred_boxes, "cxcywh", "xyxy"), scores_of_all, strict=True):
@@ -243,6 +254,19 @@ class SSDForObjectDetection(PreTrainedModel):
             keep = batched_nms(box, top, label, iou)[:max_detections]
             found.append({"scores": top[keep], "labels": label[keep], "boxes": box[keep]})
         return found
+
+
+def torchvision_classes(weights: str) -> list[str]:
+    """Names of the classes that torchvision's weights of this name know, without the background: COCO's 80 and ten unused numbers.
+
+    Raises:
+        ValueError: if torchvision has no such weights.
+    """
+    for kind in (SSD300_VGG16_Weights, SSDLite320_MobileNet_V3_Large_Weights):
+        if weights in kind.__members__:
+            names = kind[weights].meta["categories"][1:]
+            return [f"unused {i}" if name == "N/A" else name for i, name in enumerate(names)]
+    raise ValueError(f"torchvision has no weights '{weights}' of an SSD")
 
 
 def match(boxes: Tensor, anchors: Tensor, ssd: SSD) -> Tensor:

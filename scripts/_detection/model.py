@@ -13,13 +13,15 @@ from transformers import (
     AutoModelForObjectDetection,
     PreTrainedConfig,
     PreTrainedModel,
+    RTDetrImageProcessor,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 import gap_hf.models  # noqa: F401  (tells the Auto classes of gap_hf_ssd)
 from _detection.preparing import ImageFormat
 from gap_hf.errors import GaPError, did_you_mean
-from gap_hf.models.ssd import SSDConfig, SSDForObjectDetection
+from gap_hf.models.ssd import SSDConfig, SSDForObjectDetection, torchvision_classes
 from gap_hf.recipe import one_line
 
 KNOWN = [SSDConfig.model_type, *MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES]
@@ -37,9 +39,10 @@ class ModelSection:
         type: gap_hf_ssd, or a transformers detection model: detr, rt_detr, yolos, deformable_detr and others.
         config: Keys of that type's config. `num_labels` may be left out; if it is there it has to be the data's.
         weights, weights_backbone: Of gap_hf_ssd: names of torchvision's weights to start from, such as COCO_V1 for
-            all of it, or IMAGENET1K_FEATURES for a VGG16 backbone. torchvision downloads them.
-        image_size: Height and width in pixels that images are resized to. None takes the config's, and 640 if it has
-            none. A gap_hf_ssd has its own.
+            all of it, where the data's classes are among COCO's, or IMAGENET1K_FEATURES for a VGG16 backbone. torchvision
+            downloads them.
+        image_size: Height and width in pixels that images are resized to. None takes a checkpoint's image processor's, if that
+            has a height and a width, else the config's, and 640 if it has none. A gap_hf_ssd has its own.
         image_mean, image_std: What values from 0 to 1 are normalised with. None takes a checkpoint's image processor's,
             a gap_hf_ssd's config's, and else ImageNet's.
     """
@@ -92,8 +95,27 @@ def load_model(section: ModelSection, names: Sequence[str]) -> tuple[PreTrainedM
     if section.checkpoint is not None:
         model, classes = _from_checkpoint(section.checkpoint, names)
     else:
-        model, classes = _from_scratch(section, names), list(range(len(names)))
+        model, classes = _from_scratch(section, names)
     return model, classes, _image_format(section, model.config)
+
+
+def image_processor(model: PreTrainedModel, form: ImageFormat) -> Any:
+    """What prepares images for this model in pipelines, as they were here; None for a gap_hf_ssd, which has none."""
+    if isinstance(model, SSDForObjectDetection):
+        return None
+    try:
+        found: Any = IMAGE_PROCESSOR_MAPPING[type(model.config)]
+        kind = found["torchvision"] if isinstance(found, dict) else [one for one in found if one is not None][-1]
+    except KeyError:  # RT-DETR's later versions have its processor, but the mapping does not say so
+        kind = RTDetrImageProcessor
+    height, width = form.size
+    return kind(
+        size={"height": height, "width": width},
+        do_pad=False,
+        do_normalize=True,
+        image_mean=list(form.mean),
+        image_std=list(form.std),
+    )
 
 
 def _labels(names: Sequence[str]) -> dict[str, Any]:
@@ -113,13 +135,26 @@ def _from_checkpoint(checkpoint: str | Path, names: Sequence[str]) -> tuple[PreT
     return model, list(range(len(names)))
 
 
-def _from_scratch(section: ModelSection, names: Sequence[str]) -> PreTrainedModel:
+def _from_scratch(section: ModelSection, names: Sequence[str]) -> tuple[PreTrainedModel, list[int]]:
     assert section.type is not None
     config = dict(section.config)
+    own, classes = list(names), list(range(len(names)))
+    if section.weights is not None:
+        # torchvision numbers COCO's classes with gaps, and its heads have a place for each number.
+        try:
+            own = torchvision_classes(section.weights)
+        except ValueError as error:
+            raise GaPError(f"model.weights: {error}; expected such as COCO_V1") from None
+        if missing := [name for name in names if name not in own]:
+            raise GaPError(
+                f"model.weights: {section.weights} does not know the class '{missing[0]}'{did_you_mean(missing[0], own)}; "
+                "expected model.weights_backbone for classes of one's own"
+            )
+        classes = [own.index(name) for name in names]
     if (found := config.pop("num_labels", len(names))) != len(names):
         raise GaPError(f"model.config.num_labels: found {found!r}, but the data has {len(names)} classes")
     try:
-        built = AutoConfig.for_model(section.type, **config, **_labels(names))
+        built = AutoConfig.for_model(section.type, **config, **_labels(own))
         model = AutoModelForObjectDetection.from_config(built)
     except Exception as error:  # each model checks its own config, with its own kinds of error
         raise GaPError(f"model.config: {section.type} refuses it: {one_line(error)}") from None
@@ -129,25 +164,31 @@ def _from_scratch(section: ModelSection, names: Sequence[str]) -> PreTrainedMode
             model.load_torchvision_weights(**{key: getattr(section, key)})
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise GaPError(f"model.{key}: could not load {getattr(section, key)}: {one_line(error)}") from None
-    return model
+    return model, classes
 
 
 def _image_format(section: ModelSection, config: PreTrainedConfig) -> ImageFormat:
     mean: Any = IMAGENET_MEAN
     std: Any = IMAGENET_STD
+    size: Any = section.image_size
     if isinstance(config, SSDConfig):
         mean, std = config.image_mean, config.image_std
-    elif section.checkpoint is not None and (section.image_mean is None or section.image_std is None):
+    elif section.checkpoint is not None and None in (section.image_mean, section.image_std, section.image_size):
         try:
             processor: Any = AutoImageProcessor.from_pretrained(section.checkpoint)
         except (OSError, ValueError, ImportError) as error:
-            raise GaPError(
-                f"model.image_mean: not set, and {section.checkpoint} has no image processor that says it "
-                f"({one_line(error)}); expected model.image_mean and model.image_std"
-            ) from None
-        mean, std = (
-            (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0, 0.0, 0.0], [1.0] * 3)
-        )
-    size: Any = section.image_size or vars(config).get("image_size") or DEFAULT_SIZE
+            if section.image_mean is None or section.image_std is None:
+                raise GaPError(
+                    f"model.image_mean: not set, and {section.checkpoint} has no image processor that says it "
+                    f"({one_line(error)}); expected model.image_mean and model.image_std"
+                ) from None
+        else:
+            mean, std = (
+                (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0, 0.0, 0.0], [1.0] * 3)
+            )
+            known = dict(processor.size or {})
+            if size is None and {"height", "width"} <= {name for name, value in known.items() if value}:
+                size = (known["height"], known["width"])
+    size = size or vars(config).get("image_size") or DEFAULT_SIZE
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return ImageFormat((height, width), tuple(section.image_mean or mean), tuple(section.image_std or std))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from _images import open_picture
+from _run import draw_for, drawn_from
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -33,7 +36,8 @@ class DetectionSet(Dataset[dict[str, Any]]):
 
     An item has `pixel_values` (3, height, width), float32, and `labels` with `image_id` (), `class_labels` (n,), both
     int64, and `boxes` (n, 4), float32: centre x, centre y, width, height as shares of the image. Objects that are
-    crowds or have no area are left out, as no model can learn them.
+    crowds or have no area are left out, as no model can learn them. What is random about an image follows from
+    (seed, epoch, index) alone, so that a resumed run draws the same.
 
     Args:
         classes: The model's index of each class of the data; the same ones unless a checkpoint numbers them otherwise.
@@ -41,11 +45,20 @@ class DetectionSet(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], form: ImageFormat, *, classes: Sequence[int], augmentation: str = "none"
+        self,
+        samples: Sequence[Sample],
+        form: ImageFormat,
+        *,
+        classes: Sequence[int],
+        augmentation: str = "none",
+        seed: int = 0,
     ) -> None:
-        self.samples, self.form = samples, form
+        self.samples, self.form, self.seed, self.epoch = samples, form, seed, 0
         self.classes = np.array(classes, np.int64)
         self.augment = _augmentation(augmentation, form)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -62,7 +75,8 @@ class DetectionSet(Dataset[dict[str, Any]]):
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         boxes, labels = _with_area(boxes, labels)
         if self.augment is not None:
-            pixels, boxes, labels = self._augmented(pixels, boxes, labels)
+            with drawn_from(draw_for(self.seed, self.epoch, index)):
+                pixels, boxes, labels = self._augmented(pixels, boxes, labels)
         height, width = pixels.shape[-2:]
         pixels = v2.functional.resize(pixels, list(self.form.size), antialias=True)
         values = v2.functional.normalize(pixels.float() / 255, list(self.form.mean), list(self.form.std))
@@ -92,15 +106,16 @@ def _augmentation(name: str, form: ImageFormat) -> v2.Transform | None:
     if name == "flip":
         return flip
     fill: Any = [round(255 * mean) for mean in form.mean]
-    # SSD's own (section 2.2 of its paper), as torchvision provides it; crops need an object to keep.
-    crop = v2.RandomIoUCrop()
+    # SSD's own (section 2.2 of its paper), as torchvision provides it.
+    clean = v2.SanitizeBoundingBoxes(labels_getter=itemgetter(2))
+    return v2.Compose([v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), _Crop(), flip, clean])
 
-    class Crop(v2.Transform):
-        def forward(self, *inputs: Any) -> Any:
-            return crop(*inputs) if len(inputs[1]) else inputs
 
-    clean = v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[2])
-    return v2.Compose([v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), Crop(), flip, clean])
+class _Crop(v2.RandomIoUCrop):
+    """Crops need an object to keep."""
+
+    def forward(self, *inputs: Any) -> Any:
+        return super().forward(*inputs) if len(inputs[1]) else inputs
 
 
 def read_pixels(sample: Sample) -> np.ndarray:
@@ -112,10 +127,20 @@ def read_pixels(sample: Sample) -> np.ndarray:
     if isinstance(sample.image, np.ndarray):
         return np.repeat(sample.image[:, :, None], 3, axis=2)
     try:
-        with Image.open(sample.image) as image:
-            return np.array(image.convert("RGB"))
+        image = open_picture(sample.image)
+        if _bends(image.size, sample.size):
+            # Some tools write boxes down for the pixels as they are stored, not as they are seen.
+            stored = open_picture(sample.image, upright=False)
+            image = image if _bends(stored.size, sample.size) else stored
+        return np.array(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise GaPError(f"{sample.image}: cannot be read as an image: {one_line(error)}") from None
+
+
+def _bends(size: tuple[int, int], annotated: tuple[int, int]) -> bool:
+    """True if an image of this width and height is no scaled copy of one of the annotated height and width."""
+    height = annotated[0] * size[0] / annotated[1]
+    return abs(size[1] - height) > 1 + annotated[0] / annotated[1] + 0.02 * height
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

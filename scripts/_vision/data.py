@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _images import as_eight_bits, open_picture
 from _mnist import read_mnist
+from _run import draw_for, drawn_from
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -34,17 +34,19 @@ class DataSection:
         arrays: An .npz file; `images` and `labels` name its arrays: uint8 (N, H, W, C) or (N, H, W), and whole numbers (N,).
         folder: Folder with train, dev (or val) and test; in each a folder for every class.
         dataset, dataset_config: Name and configuration on the Hub; `images` and `labels` name its columns.
-        train_split, dev_split, test_split: Splits of that dataset.
+        train_split, dev_split, test_split: Splits of that dataset. One that is not named is cut from train, whatever the dataset has.
         images, labels: See above.
         dev_share, test_share: Shares of the training images that are kept apart, drawn class by class with `split_seed`, where
-            the source has no such split of its own.
-        image_size: Side of the square that images are cut and scaled to; arrays keep their own size if None.
-        crop_share: Share of the scaled image's side that evaluation looks at, from the middle (timm's crop_pct).
-        mean, std: For each channel, of values from 0 to 1; None is ImageNet's for three channels, 0.5 for others.
+            the source has no such split.
+        image_size: Side of the square that images are cut and scaled to. None is a checkpoint's own size, else 224; arrays then
+            keep theirs.
+        crop_share: Share of the scaled image's side that evaluation looks at, from the middle (timm's crop_pct). None is a
+            checkpoint's, else 0.875.
+        mean, std: For each channel, of values from 0 to 1. None is a checkpoint's, else ImageNet's for three channels and 0.5 for others.
         random_shift: Training images are moved by up to so many pixels, edges filled with black.
         horizontal_flip: Probability.
-        scale: Smallest and largest share of the area that a training crop has; None cuts none.
-        color_jitter, auto_augment, random_erasing: timm's; auto_augment is such as rand-m9-mstd0.5.
+        scale: Smallest and largest share of the area that a training crop has; None cuts as evaluation does.
+        color_jitter, auto_augment, random_erasing: timm's; auto_augment is such as rand-m9-mstd0.5, and has color_jitter's place.
         mixup, cutmix: Their alphas; 0 is none.
         max_train_samples, max_eval_samples: Use only so many.
         score: Which split is scored at the end; ``dev`` while settings are being chosen.
@@ -65,7 +67,7 @@ class DataSection:
     test_share: float = 0.1
     split_seed: int = 0
     image_size: int | None = None
-    crop_share: float = 0.875
+    crop_share: float | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
     random_shift: int = 0
@@ -101,7 +103,7 @@ class DataSection:
             raise GaPError(f"data.score: found '{self.score}', expected one of {', '.join(SCORED)}{hint}")
         for name in ("dev_share", "test_share", "horizontal_flip", "random_erasing", "crop_share"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise GaPError(f"data.{name}: found {value}, expected from 0 to 1")
         for name in ("random_shift", "mixup", "cutmix", "color_jitter"):
             if getattr(self, name) < 0:
@@ -110,6 +112,8 @@ class DataSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise GaPError(f"data.{name}: found {value}, expected at least 1")
+        if self.auto_augment and self.color_jitter:
+            raise GaPError("data.color_jitter: timm leaves it out beside data.auto_augment; expected one of the two")
         if self.scale is not None and not (len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1):
             raise GaPError(f"data.scale: found {self.scale}, expected two shares of the area, the smaller one first")
 
@@ -118,6 +122,30 @@ class DataSection:
         """True if images have to be augmented one by one, and not as arrays."""
         by_one = self.scale is not None or self.color_jitter or self.auto_augment or self.random_erasing
         return bool(by_one or self.folder or self.dataset or self.image_size)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Opens one image at a time. No function in it: loader workers may be sent it in a pickle.
+
+    Attributes:
+        source: Files, or rows of a dataset with one column.
+        places: Which of them, in this order; None is all.
+    """
+
+    source: Any
+    places: np.ndarray | None = None
+
+    def __call__(self, index: int) -> Image.Image:
+        place = index if self.places is None else int(self.places[index])
+        if not isinstance(self.source, list):
+            (picture,) = self.source[place].values()
+            return as_eight_bits(picture).convert("RGB")
+        path = self.source[place]
+        try:
+            return open_picture(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise GaPError(f"data.folder: {path} cannot be read: {one_line(error)}") from None
 
 
 class Images(Dataset):
@@ -138,7 +166,7 @@ class Images(Dataset):
         classes: Sequence[str],
         *,
         pixels: np.ndarray | None = None,
-        open: Callable[[int], Image.Image] | None = None,
+        open: Reader | None = None,
     ) -> None:
         assert (pixels is None) != (open is None)
         self.labels, self.classes, self.pixels = labels.astype(np.int64), list(classes), pixels
@@ -163,7 +191,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`pixel_values`, `labels`, and `draw`, from which everything random about this image in this epoch is to come."""
-        draw = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
+        draw = draw_for(self.seed, self.epoch, index)
         if self.transform is None:
             assert self.pixels is not None
             pixels = torch.from_numpy(self.pixels[index])
@@ -183,29 +211,14 @@ class Images(Dataset):
         if self.pixels is not None:
             return Images(self.labels[indices], self.classes, pixels=self.pixels[indices])
         assert self._open is not None
-        whole = self._open
-        return Images(self.labels[indices], self.classes, open=lambda i: whole(int(indices[i])))
+        places = np.arange(len(self)) if self._open.places is None else self._open.places
+        return Images(self.labels[indices], self.classes, open=replace(self._open, places=places[indices]))
 
     @property
     def channels(self) -> int:
         if self.pixels is not None:
             return self.pixels.shape[1]
         return 3
-
-
-@contextmanager
-def drawn_from(seed: int) -> Iterator[None]:
-    """In it all global generators start from `seed`, as timm's transforms use them all; after it they are where they were."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
 
 
 def load_images(data: DataSection) -> dict[str, Images]:
@@ -304,15 +317,8 @@ def _of_classes(folder: Path) -> Images:
     if not files:
         raise GaPError(f"data.folder: {folder} has no images in folders of classes; expected {', '.join(SUFFIXES)}")
 
-    def read(index: int) -> Image.Image:
-        path = files[index][0]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            raise GaPError(f"data.folder: {path} cannot be read: {one_line(error)}") from None
-
-    return Images(np.array([number for _, number in files]), classes, open=read)
+    numbers = np.array([number for _, number in files])
+    return Images(numbers, classes, open=Reader([path for path, _ in files]))
 
 
 def _from_hub(data: DataSection) -> dict[str, Images]:
@@ -334,9 +340,5 @@ def _from_hub(data: DataSection) -> dict[str, Images]:
         labels = np.array(rows[data.labels])
         known = getattr(rows.features[data.labels], "names", None) or [str(n) for n in range(int(labels.max()) + 1)]
         pictures = rows.select_columns([data.images])
-
-        def read(index: int, pictures: Any = pictures) -> Image.Image:
-            return pictures[index][data.images].convert("RGB")
-
-        out[split] = Images(labels, known, open=read)
+        out[split] = Images(labels, known, open=Reader(pictures))
     return out

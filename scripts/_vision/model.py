@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from timm.optim import (
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageClassification,
+    CLIPImageProcessor,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -36,7 +39,7 @@ class ModelSection:
         timm: A name that timm knows, such as resnet50.
         args: Keyword arguments for timm's constructor, such as drop_path_rate; classes and channels come from the data.
         checkpoint: A name on the Hub, such as timm/resnet50.a1_in1k, or a folder. Its head is made anew where the number of classes
-            is another one.
+            is another one. Images are prepared as it says, where `data` does not say otherwise.
         optimizer: One of timm's, by name, such as lamb, in place of `training.optim`; rate and weight decay are those of `training`, and
             norms and biases have no decay.
         optimizer_args: For it, such as momentum.
@@ -82,14 +85,63 @@ class ModelSection:
             raise GaPError(f"model.recalibrate_batchnorm: found {self.recalibrate_batchnorm}, expected at least 0")
 
 
-def load_model(
-    section: ModelSection, classes: Sequence[str], *, size: tuple[int, int, int], norm: Mapping[str, Any]
-) -> PreTrainedModel:
-    """Build or load it.
+@dataclass(frozen=True)
+class ImageFormat:
+    """How images become what a model takes.
 
-    Args:
-        size: Channels, height and width of an image.
-        norm: mean, std and crop_pct, which are saved with the model so that pipelines prepare images as they were here.
+    Attributes:
+        size: Channels, height and width.
+        mean, std: For each channel, of values from 0 to 1.
+        crop_share: Share of the scaled image's side that is looked at, from the middle.
+    """
+
+    size: tuple[int, int, int]
+    mean: list[float]
+    std: list[float]
+    crop_share: float
+
+
+def known_format(section: ModelSection) -> dict[str, Any]:
+    """What a checkpoint says of `size` (height and width), `mean`, `std` and `crop_share`; nothing for a model from scratch.
+
+    Raises:
+        GaPError: if it cannot be read.
+    """
+    if section.checkpoint is None:
+        return {}
+    try:
+        config = AutoConfig.from_pretrained(section.checkpoint)
+        if isinstance(config, TimmWrapperConfig):
+            known = dict(config.pretrained_cfg or {})
+            size = known.get("input_size")
+            found = {"size": tuple(size[1:]) if size else None, "crop_share": known.get("crop_pct")}
+            return {name: value for name, value in {**known, **found}.items() if name in FORMAT and value}
+        processor: Any = AutoImageProcessor.from_pretrained(section.checkpoint)
+    except (OSError, ValueError, ImportError) as error:
+        raise GaPError(f"model.checkpoint: {one_line(error)}") from None
+    out: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    if processor.do_normalize:
+        out = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
+    sizes = {**dict(processor.size or {}), **dict(crop or {})}
+    side = sizes.get("shortest_edge")
+    if {"height", "width"} <= sizes.keys():
+        out["size"] = (int(sizes["height"]), int(sizes["width"]))
+        out["crop_share"] = min(1.0, sizes["height"] / side) if side else 1.0
+    elif side:
+        out["size"] = (int(side), int(side))
+        out["crop_share"] = getattr(processor, "crop_pct", None) or 1.0
+    return out
+
+
+FORMAT = ("size", "mean", "std", "crop_share")
+
+
+def load_model(section: ModelSection, classes: Sequence[str], form: ImageFormat) -> tuple[PreTrainedModel, Any]:
+    """Build or load it. What `form` says is kept with it, so that pipelines prepare images as they were here.
+
+    Returns:
+        The model, and the image processor to be saved beside it; None if the model's config has all of that, as timm's have.
 
     Raises:
         GaPError: if it cannot be made.
@@ -101,20 +153,41 @@ def load_model(
     }
     try:
         if section.checkpoint is not None:
-            return AutoModelForImageClassification.from_pretrained(
+            model = AutoModelForImageClassification.from_pretrained(
                 section.checkpoint, ignore_mismatched_sizes=True, **labels
             )
-        assert section.timm is not None
-        args = {"in_chans": size[0], **section.args}
-        config = TimmWrapperConfig(architecture=section.timm, model_args=args, **labels)
-        model = TimmWrapperForImageClassification(config)
+        else:
+            assert section.timm is not None
+            args = {"in_chans": form.size[0], **section.args}
+            config = TimmWrapperConfig(architecture=section.timm, model_args=args, **labels)
+            model = TimmWrapperForImageClassification(config)
     except (OSError, ValueError, TypeError, AssertionError, RuntimeError) as error:
         key = "checkpoint" if section.checkpoint is not None else "args"
         raise GaPError(f"model.{key}: {one_line(error)}") from None
+    _, height, width = form.size
+    if not isinstance(model.config, TimmWrapperConfig):
+        short = round(min(height, width) / form.crop_share)
+        # Scaled and cut from the middle, which is what evaluation does here, whatever the checkpoint's own processor did.
+        return model, CLIPImageProcessor(
+            size={"shortest_edge": short},
+            crop_size={"height": height, "width": width},
+            image_mean=form.mean,
+            image_std=form.std,
+        )
     # What transformers' TimmWrapperImageProcessor reads.
-    shown = {"input_size": list(size), "interpolation": "bicubic", "crop_mode": "center", **norm}
-    model.config.pretrained_cfg = {"architecture": section.timm, **shown}
-    return model
+    model.config.pretrained_cfg = {
+        **(getattr(model.config, "pretrained_cfg", None) or {}),
+        "architecture": model.config.architecture,
+        "input_size": list(form.size),
+        "interpolation": "bicubic",
+        "crop_mode": "center",
+        "mean": form.mean,
+        "std": form.std,
+        "crop_pct": form.crop_share,
+    }
+    # A loaded config has the names that it was saved with, and would be saved with them again.
+    model.config.label_names = list(classes)
+    return model, None
 
 
 def check_training(section: ModelSection, model: torch.nn.Module, args: Any, steps: int) -> None:

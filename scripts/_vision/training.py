@@ -11,37 +11,51 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _norms import RecalibratedTrainer
-from _run import SetEpoch
+from _run import SetEpoch, drawn_from
 from safetensors.torch import load_file, save_file
 from timm.data.mixup import Mixup
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import create_transform
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torchvision.transforms import CenterCrop, Compose, Resize
 from transformers import TrainerCallback
 
-from _vision.data import DataSection, Images, drawn_from
-from _vision.model import ModelSection, make_optimizer, make_schedule
+from _vision.data import DataSection, Images
+from _vision.model import ImageFormat, ModelSection, make_optimizer, make_schedule
 from gap_hf.errors import GaPError
 
 AVERAGE = "average.safetensors"
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
-def normalization(data: DataSection, channels: int) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel, of values from 0 to 1.
+def image_format(images: Images, data: DataSection, known: Mapping[str, Any]) -> ImageFormat:
+    """How the model takes images: as the recipe says, else as a checkpoint does (`known_format`), else by default.
 
     Raises:
-        GaPError: if the recipe's are of another number of channels.
+        GaPError: if mean or std are of another number of channels.
     """
+    channels = images.channels
     default = IMAGENET if channels == 3 else {"mean": [0.5] * channels, "std": [0.5] * channels}
-    out = {key: getattr(data, key) or default[key] for key in ("mean", "std")}
-    for key, values in out.items():
+    norm = {key: list(getattr(data, key) or known.get(key) or default[key]) for key in ("mean", "std")}
+    if "mean" in known and len(known["mean"]) != channels:
+        raise GaPError(
+            f"model.checkpoint: takes images of {len(known['mean'])} channels, but the data's have {channels}"
+        )
+    for key, values in norm.items():
         if len(values) != channels:
             raise GaPError(f"data.{key}: found {len(values)} numbers, expected {channels}, one for each channel")
-    return out
+    if data.image_size is not None:
+        size = (data.image_size, data.image_size)
+    elif images.pixels is not None:
+        size = (int(images.pixels.shape[2]), int(images.pixels.shape[3]))
+    else:
+        size = known.get("size") or (224, 224)
+    share = data.crop_share or known.get("crop_share") or 0.875
+    return ImageFormat((channels, size[0], size[1]), norm["mean"], norm["std"], share if data.needs_pictures else 1.0)
 
 
-def set_transforms(splits: Mapping[str, Images], data: DataSection, size: tuple[int, int, int]) -> None:
+def set_transforms(splits: Mapping[str, Images], data: DataSection, form: ImageFormat) -> None:
     """Give the splits timm's transforms, where images are augmented one by one.
 
     Raises:
@@ -49,24 +63,27 @@ def set_transforms(splits: Mapping[str, Images], data: DataSection, size: tuple[
     """
     if not data.needs_pictures:
         return
-    norm = {key: tuple(values) for key, values in normalization(data, size[0]).items()}
+    norm = {"mean": tuple(form.mean), "std": tuple(form.std), "interpolation": "bicubic"}
     make: Any = create_transform  # annotated for three channels and no None, and takes both
-    plain = make(size, interpolation="bicubic", crop_pct=data.crop_share, **norm)
+    plain = make(form.size, crop_pct=form.crop_share, **norm)
     try:
         augmented = make(
-            size,
+            form.size,
             is_training=True,
-            no_aug=data.scale is None and not data.auto_augment,
             scale=tuple(data.scale) if data.scale else None,
             hflip=data.horizontal_flip,
-            color_jitter=data.color_jitter,
+            color_jitter=data.color_jitter or None,
             auto_augment=data.auto_augment,
             re_prob=data.random_erasing,
-            interpolation="bicubic",
             **norm,
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise GaPError(f"data.auto_augment: timm cannot make '{data.auto_augment}': {error}") from None
+    if data.scale is None:
+        # timm's first step is a crop of a random part, which None asks not to have.
+        first, *rest = augmented.transforms
+        assert isinstance(first, RandomResizedCropAndInterpolation)
+        augmented = Compose([step for step in plain.transforms if isinstance(step, (Resize, CenterCrop))] + rest)
     for split, images in splits.items():
         images.plain_transform = plain
         images.transform = augmented if split == "train" else plain
@@ -79,36 +96,33 @@ class Batches:
     a global generator could be drawn again by a resumed run.
 
     Args:
-        norm: mean and std, or None where images come normalised.
         mixup: timm's, or None.
     """
 
     def __init__(
         self,
         data: DataSection,
-        norm: Mapping[str, Sequence[float]] | None,
+        form: ImageFormat,
         mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         *,
         training: bool,
     ) -> None:
+        # Pictures come normalised, and flipped, from their transform.
+        self.ready = data.needs_pictures
         self.shift = data.random_shift if training else 0
-        self.flip = data.horizontal_flip if training and norm is not None else 0.0
+        self.flip = data.horizontal_flip if training and not self.ready else 0.0
         self.mixup = mixup if training else None
-        self.norm = None if norm is None else tuple(torch.tensor(norm[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (form.mean, form.std))
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         pixels = torch.stack([example["pixel_values"] for example in examples])
         labels = torch.tensor([example["labels"] for example in examples])
-        if self.norm is not None:
-            mean, std = self.norm
-            pixels = (pixels.float() / 255 - mean) / std
-            black = (0 - mean) / std
-        else:
-            black = torch.zeros(1, pixels.shape[1], 1, 1)
+        if not self.ready:
+            pixels = (pixels.float() / 255 - self.mean) / self.std
         draw = int(examples[0].get("draw", 0))
         generator = torch.Generator().manual_seed(draw)
         if self.shift:
-            pixels = _shifted(pixels, self.shift, black, generator)
+            pixels = _shifted(pixels, self.shift, (0 - self.mean) / self.std, generator)
         if self.flip:
             flipped = torch.rand(len(pixels), generator=generator) < self.flip
             pixels[flipped] = pixels[flipped].flip(-1)

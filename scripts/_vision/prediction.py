@@ -1,0 +1,62 @@
+"""A trained model's answers for image files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _images import open_picture
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from transformers import AutoModelForImageClassification
+
+from _vision.model import ModelSection, known_format
+from gap_hf.errors import GaPError
+from gap_hf.recipe import one_line
+
+
+@torch.inference_mode()
+def best_names(folder: str | Path, files: Sequence[Path], *, number: int = 3) -> list[list[tuple[str, float]]]:
+    """For each file its `number` likeliest classes and their probabilities, best first.
+
+    Images are prepared as evaluation prepared them: upright, scaled, cut from the middle; grey if the model takes one channel,
+    which transformers' pipelines cannot do.
+
+    Args:
+        folder: A saved model, or a name on the Hub.
+
+    Raises:
+        GaPError: naming what cannot be loaded or read.
+    """
+    known = known_format(ModelSection(checkpoint=folder))
+    if missing := [name for name in ("size", "mean", "std") if name not in known]:
+        raise GaPError(
+            f"{folder}: does not say how images are prepared ({missing[0]}); expected a model that was saved here"
+        )
+    channels = len(known["mean"])
+    make: Any = create_transform
+    prepare = make(
+        (channels, *known["size"]),
+        mean=tuple(known["mean"]),
+        std=tuple(known["std"]),
+        crop_pct=known.get("crop_share") or 0.875,
+        interpolation="bicubic",
+    )
+    pictures = []
+    for path in files:
+        try:
+            pictures.append(prepare(open_picture(path, mode="L" if channels == 1 else "RGB")))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise GaPError(f"{path}: cannot be read as an image: {one_line(error)}") from None
+    try:
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    except (OSError, ValueError) as error:
+        raise GaPError(f"{folder}: cannot be loaded: {one_line(error)}") from None
+    out = []
+    for picture in pictures:
+        shares, classes = model(pixel_values=picture[None]).logits[0].softmax(-1).sort(descending=True)
+        names = [model.config.id2label[int(c)] for c in classes[:number]]
+        out.append(list(zip(names, shares[:number].tolist(), strict=True)))
+    return out
