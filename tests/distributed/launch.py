@@ -1,4 +1,4 @@
-"""Starts a script of this folder under torchrun with gloo processes on this machine."""
+"""Starts a script of this folder on several gloo processes of this machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ PATHS = os.pathsep.join(str(path) for path in (HERE.parents[1], HERE.parent, HER
 def launch(script: str, num_processes: int, folder: Path, options: Any) -> subprocess.CompletedProcess[str]:
     """Run ``script FOLDER OPTIONS`` (options as JSON) on so many processes of one thread each, and wait for them."""
     folder.mkdir(parents=True, exist_ok=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [sys.executable, str(HERE / "forked.py"), str(num_processes), str(HERE / script)]
     return subprocess.run(
-        [*torchrun, str(HERE / script), str(folder), json.dumps(options)],
+        [*command, str(folder), json.dumps(options)],
         env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Trains toys with GaPTrainer and writes what each process ends with: ``parallel_run.py FOLDER OPTIONS``, under torchrun.
+"""Trains toys with GaPTrainer and writes what each process ends with: ``parallel_run.py FOLDER OPTIONS``, by forked.py or torchrun.
 
 OPTIONS maps a run's name to its options, see `train`.
 """

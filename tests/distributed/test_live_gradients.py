@@ -24,8 +24,7 @@ def run_cases(world: int, folder: Path, cases: list[str]) -> dict[str, list[dict
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent)]),
         "OMP_NUM_THREADS": "1",
     }
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launcher = [str(HERE / "forked.py"), str(world)]
     if world == 2:  # the way that docs/scaling.md names first
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "one_node_ddp.yaml")]
         launcher += ["--num_processes", "2", "--main_process_port", "0"]
