@@ -150,8 +150,8 @@ def test_three_hundred_steps_equal_masked_dense_training(name: str, reset: str) 
 )
 @pytest.mark.parametrize("name", ["adamw-fused", "sgd-nesterov"])
 def test_every_method_and_pattern(name: str, config: GaPConfig) -> None:
-    dense, _, _ = trained(OPTIMIZERS[name], config)
-    live, _, _ = trained(OPTIMIZERS[name], config.replace(live_state=True))
+    dense, _, _ = trained(OPTIMIZERS[name], config, steps=120)
+    live, _, _ = trained(OPTIMIZERS[name], config.replace(live_state=True), steps=120)
     assert equal(live, dense)
 
 
@@ -186,7 +186,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
 def run(folder: Path, config: GaPConfig, resume: Path | None = None, **changes: Any) -> Any:
     # A norm that no gradient reaches: the packed ones are summed in another order, so what is clipped agrees to rounding
     # only (test_packed_gradients.py).
-    changes = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 10.0, **changes}
+    changes = {"max_steps": 24, "save_strategy": "no", "max_grad_norm": 10.0, **changes}
     trainer = gap_trainer(folder, config=config, **changes)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
@@ -200,8 +200,8 @@ def log_of(trainer: Trainer) -> list[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_trainer_gives_the_same_weights_and_log(tmp_path: Path, name: str) -> None:
-    dense = run(tmp_path / "dense", CONFIG, **TRAINERS[name], save_steps=100)
-    live = run(tmp_path / "live", CONFIG.replace(live_state=True), **TRAINERS[name], save_steps=100)
+    dense = run(tmp_path / "dense", CONFIG, **TRAINERS[name])
+    live = run(tmp_path / "live", CONFIG.replace(live_state=True), **TRAINERS[name])
     assert same_tensors(live.model.state_dict(), dense.model.state_dict())
     norms = [[entry.pop("grad_norm", 0.0) for entry in log_of(trainer)] for trainer in (live, dense)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and max(norms[1]) < 10
@@ -212,24 +212,28 @@ def test_the_trainer_gives_the_same_weights_and_log(tmp_path: Path, name: str) -
 # --- saved and loaded ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
+    """A run with live state and one without, with a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("saved")
+    every = {"save_strategy": "steps", "save_steps": 1}
+    return {live: run(folder / str(live), CONFIG.replace(live_state=live), **every) for live in (True, False)}
+
+
 @pytest.mark.parametrize("step", [2, 8, 9, 20])
-def test_resumed_equals_uninterrupted_in_either_form(tmp_path: Path, step: int) -> None:
-    live_config = CONFIG.replace(live_state=True)
-    whole = run(tmp_path / "whole", live_config)
-    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    assert any("live_exp_avg" in value for value in state.values())
-    for name, config in (("live", live_config), ("dense", CONFIG)):
-        resumed = run(tmp_path / name, config, checkpoint)
-        assert same_tensors(resumed.model.state_dict(), whole.model.state_dict()), name
-    dense = run(tmp_path / "from-dense", CONFIG, max_steps=24)
-    resumed = run(tmp_path / "to-live", live_config, tmp_path / "from-dense" / f"checkpoint-{step}")
-    assert same_tensors(resumed.model.state_dict(), dense.model.state_dict())
+def test_resumed_equals_uninterrupted_in_either_form(saved: dict[bool, Any], tmp_path: Path, step: int) -> None:
+    for live, whole in saved.items():
+        checkpoint = Path(whole.args.output_dir) / f"checkpoint-{step}"
+        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+        assert any("live_exp_avg" in value for value in state.values()) == live
+        for goes_on_live in (True, False):
+            resumed = run(tmp_path / f"{live}-{goes_on_live}", CONFIG.replace(live_state=goes_on_live), checkpoint)
+            assert same_tensors(resumed.model.state_dict(), whole.model.state_dict()), (live, goes_on_live)
 
 
 def test_a_second_run_of_the_same_trainer(tmp_path: Path) -> None:
     def twice(config: GaPConfig) -> Any:
-        trainer = run(tmp_path / str(config.live_state), config, save_strategy="no")
+        trainer = run(tmp_path / str(config.live_state), config)
         trainer.train()
         return trainer
 

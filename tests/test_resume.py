@@ -85,28 +85,37 @@ def _same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
-def test_the_last_checkpoint_is_found(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "a", CONFIG)
-    shutil.copytree(tmp_path / "a/checkpoint-9", tmp_path / "b/checkpoint-9")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> GaPTrainer:
+    """With a checkpoint of every step, which nobody changes."""
+    return trained(tmp_path_factory.mktemp("a"), CONFIG)
+
+
+def saved(whole: GaPTrainer, step: int) -> Path:
+    return Path(str(whole.args.output_dir)) / f"checkpoint-{step}"
+
+
+def test_the_last_checkpoint_is_found(whole: GaPTrainer, tmp_path: Path) -> None:
+    shutil.copytree(saved(whole, 9), tmp_path / "b/checkpoint-9")
     resumed = gap_trainer(tmp_path / "b", **SAVING)
     resumed.train(resume_from_checkpoint=True)
     assert same_tensors(whole.model.state_dict(), resumed.model.state_dict())
 
 
 @pytest.mark.parametrize("step", [6, 22], ids=["in a phase", "in the fine-tune"])
-def test_more_steps_go_to_the_fine_tune(tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture) -> None:
-    whole = trained(tmp_path / "a", CONFIG)
-    longer = trained(tmp_path / "b", CONFIG, tmp_path / f"a/checkpoint-{step}", max_steps=40)
+def test_more_steps_go_to_the_fine_tune(
+    whole: GaPTrainer, tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    longer = trained(tmp_path, CONFIG, saved(whole, step), max_steps=40, save_strategy="no")
     assert longer.gap.plan.phases[:-1] == whole.gap.plan.phases[:-1]
     assert longer.gap.plan.fine_tune.end == 40
     assert "planned for 27 optimizer steps and training now has 40" in caplog.text
     assert_masked_weights_are_zero(longer)
 
 
-def test_too_few_steps_to_reach_the_fine_tune_are_refused(tmp_path: Path) -> None:
-    trained(tmp_path / "a", CONFIG)
+def test_too_few_steps_to_reach_the_fine_tune_are_refused(whole: GaPTrainer, tmp_path: Path) -> None:
     with pytest.raises(GaPError, match="fine-tune at step 20; expected at least 21"):
-        trained(tmp_path / "b", CONFIG, tmp_path / "a/checkpoint-6", max_steps=18)
+        trained(tmp_path, CONFIG, saved(whole, 6), max_steps=18)
 
 
 def test_a_plain_trainer_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -122,14 +131,13 @@ def test_a_plain_trainer_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("sparsity", 0.8), ("num_rounds", 1), ("distribution", "global"), ("overrides", {"*.c_fc": 0.5})]
 )
-def test_another_config_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
-    trained(tmp_path / "a", CONFIG, max_steps=8)
+def test_another_config_is_refused_by_name(whole: GaPTrainer, tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(GaPError, match=rf"gap\.{key}: found .* was trained with"):
-        trained(tmp_path / "b", CONFIG.replace(**{key: value}), tmp_path / "a/checkpoint-5")
+        trained(tmp_path, CONFIG.replace(**{key: value}), saved(whole, 5))
 
 
-def test_another_model_is_refused_by_weight(tmp_path: Path) -> None:
-    trained(tmp_path / "a", CONFIG, max_steps=8)
+def test_another_model_is_refused_by_weight(whole: GaPTrainer, tmp_path: Path) -> None:
+    shutil.copytree(saved(whole, 5), tmp_path / "a/checkpoint-5")
     header = tmp_path / "a/checkpoint-5/gap_config.json"
     header.write_text(header.read_text().replace("transformer.h.0.", "transformer.h.7."))
     masks = tmp_path / "a/checkpoint-5/gap_masks.safetensors"
@@ -141,10 +149,9 @@ def test_another_model_is_refused_by_weight(tmp_path: Path) -> None:
         trained(tmp_path / "b", CONFIG, tmp_path / "a/checkpoint-5")
 
 
-def test_what_a_resume_may_change(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "a", CONFIG)
+def test_what_a_resume_may_change(whole: GaPTrainer, tmp_path: Path) -> None:
     config = CONFIG.replace(prune_if_stopped=True, best_model_at_target=False)
-    resumed = trained(tmp_path / "b", config, tmp_path / "a/checkpoint-9")
+    resumed = trained(tmp_path, config, saved(whole, 9), save_strategy="no")
     assert torch.equal(
         whole.model.transformer.h[0].attn.c_attn.weight, resumed.model.transformer.h[0].attn.c_attn.weight
     )
