@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,17 @@ def allocated(
     return highest, live
 
 
+@cache
+def forecast_of(make_optimizer: Any, size: int, tokens: int) -> MemoryForecast:
+    return MemoryForecast(network, partial(batch_of, size=size, tokens=tokens), make_optimizer)
+
+
 @pytest.mark.parametrize("batch", [{"size": 1, "tokens": 8}, {"size": 4, "tokens": 64}], ids=["weights", "activations"])
 @pytest.mark.parametrize("way", ["dense", "masked", "live_state"])
 @pytest.mark.parametrize("make_optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_within_five_percent_of_what_the_allocator_counts(way: str, batch: dict[str, int], make_optimizer: Any) -> None:
     measured, live = allocated(make_optimizer, sparse=way != "dense", live_state=way == "live_state", batch=batch)
-    forecast = MemoryForecast(network, partial(batch_of, **batch), make_optimizer)
-    foreseen = forecast.peak_bytes(live, live_state=way == "live_state")
+    foreseen = forecast_of(make_optimizer, **batch).peak_bytes(live, live_state=way == "live_state")
     assert measured > 3_000_000
     assert foreseen == pytest.approx(measured, rel=0.05)
 
@@ -104,7 +108,7 @@ def test_sparse_compute_within_ten_percent(rows: int, batch: dict[str, int]) -> 
     """The kernels' transposed inputs are not foreseen: they live for one layer's gradient."""
     gap = GAP.replace(sparse_compute=True, pattern="unstructured" if rows == 1 else f"block:{rows}x1")
     measured, live = allocated(ADAMW, sparse=True, live_state=True, batch=batch, gap=gap)
-    forecast = MemoryForecast(network, partial(batch_of, **batch), ADAMW)
+    forecast = forecast_of(ADAMW, **batch)
     without = forecast.peak_bytes(live, live_state=True)
     foreseen = forecast.peak_bytes(live, live_state=True, compute_rows=rows)
     assert foreseen > without
