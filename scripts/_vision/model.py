@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +167,7 @@ def load_model(section: ModelSection, classes: Sequence[str], form: ImageFormat)
         raise GaPError(f"model.{key}: {one_line(error)}") from None
     _, height, width = form.size
     if not isinstance(model.config, TimmWrapperConfig):
-        short = round(min(height, width) / form.crop_share)
+        short = math.floor(min(height, width) / form.crop_share)  # as timm does it
         # Scaled and cut from the middle, which is what evaluation does here, whatever the checkpoint's own processor did.
         return model, CLIPImageProcessor(
             size={"shortest_edge": short},
