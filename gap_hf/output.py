@@ -49,5 +49,13 @@ def remove_earlier_run(output: Path) -> None:
         if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file():
             shutil.rmtree(path)
     weights = [path.name for path in output.glob("model*.safetensors*")]
-    for name in ("results.json", "translations.txt", "plot.png", CONFIG_NAME, MASKS_NAME, *weights):
+    for name in (
+        "results.json",
+        "translations.txt",
+        "plot.png",
+        "preprocessor_config.json",
+        CONFIG_NAME,
+        MASKS_NAME,
+        *weights,
+    ):
         (output / name).unlink(missing_ok=True)

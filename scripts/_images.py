@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+ORIENTATION = 0x0112  # in EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_picture(path: str | Path, *, mode: str = "RGB", upright: bool = True) -> Image.Image:
@@ -22,11 +34,20 @@ def open_picture(path: str | Path, *, mode: str = "RGB", upright: bool = True) -
         OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: if it is no image that can be read.
     """
     with Image.open(path) as image:
-        return as_eight_bits(ImageOps.exif_transpose(image) if upright else image).convert(mode)
+        turn = TURNS.get(_orientation(image)) if upright else None
+        seen = as_eight_bits(image).convert(mode)
+    return seen if turn is None else seen.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (SyntaxError, ValueError, TypeError, OSError, struct.error):  # damaged; the pixels need not be
+        return 1
 
 
 def as_eight_bits(image: Image.Image) -> Image.Image:
-    """The image itself, unless its grey is of 16 bits; of these the upper 8.
+    """The image itself, unless its grey has more bits: of 16 the upper 8. What has 32 bits, but needs 8 only, is of 8.
 
     Raises:
         ValueError: if it has floating-point values, or larger ones than 16 bits hold.
@@ -36,4 +57,5 @@ def as_eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its mode is {image.mode}; expected 8 bits a channel, or 16 of grey")
-    return Image.fromarray((values // 256).astype(np.uint8))
+    is_small = image.mode == "I" and values.max() <= 255
+    return Image.fromarray((values if is_small else values // 256).astype(np.uint8))

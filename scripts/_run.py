@@ -81,12 +81,12 @@ def draw_for(seed: int, epoch: int, index: int) -> int:
 
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """In it all global generators start from `seed`, for transforms that use them; after it they are where they were."""
+    """In it the CPU's global generators start from `seed`, for transforms that use them; after it they are where they were."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: dropout on a GPU goes on as it was
         yield
     finally:
         random.setstate(before[0])

@@ -84,7 +84,9 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
     set_seed(args.seed)
     with args.main_process_first(desc="loading the data"):
         splits = load_images(data)
-    form = image_format(splits["train"], data, known_format(section))
+    says_all = None not in (data.mean, data.std, data.image_size)
+    known = {} if section.checkpoint is None or says_all else known_format(section.checkpoint)
+    form = image_format(splits["train"], data, known)
     set_transforms(splits, data, form)
     set_seed(args.seed)  # the same weights, whatever came before
     model, processor = load_model(section, splits["train"].classes, form)

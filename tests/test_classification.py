@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -39,7 +40,7 @@ import classify_images  # noqa: E402
 from _images import open_picture  # noqa: E402
 from _norms import RecalibratedTrainer  # noqa: E402
 from _vision.data import DataSection, load_images  # noqa: E402
-from _vision.model import ImageFormat, ModelSection, known_format, load_model, make_schedule  # noqa: E402
+from _vision.model import ImageFormat, ModelSection, known_format, load_model, make_schedule, of_processor  # noqa: E402
 from _vision.scoring import accuracy, best_classes  # noqa: E402
 from _vision.training import Batches, image_format, make_mixup, set_transforms  # noqa: E402
 
@@ -296,6 +297,54 @@ def test_what_is_asked_for_is_done_and_nothing_else(tmp_path: Path, asked: dict[
         assert torch.equal(pixels, plain.flip(-1))
 
 
+def test_what_is_not_square_is_scaled_alike_in_training_evaluation_and_pipelines(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", image=rng.integers(0, 255, (60, 16, 24, 3), np.uint8), label=np.arange(60) % 3)
+    with pytest.raises(GaPError, match=r"^data\.images: .* has no array 'imag'; did you mean 'image'\?$"):
+        load_images(DataSection(arrays=tmp_path / "a.npz", images="imag"))
+    data = DataSection(arrays=tmp_path / "a.npz", horizontal_flip=1.0, random_erasing=1e-9, crop_share=0.8)
+    found = load_images(data)
+    form = image_format(found["train"], data, {})
+    assert (form.size, form.scaled, form.crop_mode) == ((3, 16, 24), (20, 30), "squash")
+    set_transforms(found, data, form)
+    # Arrays have the size that the model takes; a larger picture shows the scaling.
+    picture = Image.fromarray(rng.integers(0, 255, (70, 50, 3), np.uint8))
+    train, plain = found["train"], found["train"].plain()
+    train.picture = plain.picture = lambda index: picture  # type: ignore[method-assign]
+    torch.testing.assert_close(train[0]["pixel_values"], plain[0]["pixel_values"].flip(-1), atol=1e-5, rtol=0)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=[16, 24]
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    _, processor = load_model(ModelSection(checkpoint=tmp_path / "vit"), ["a", "b"], form)
+    processor.save_pretrained(tmp_path / "vit")
+    pixels = AutoImageProcessor.from_pretrained(tmp_path / "vit")(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels[0], plain[0]["pixel_values"], atol=0.08, rtol=0)  # noise: four levels of 255
+    known = known_format(tmp_path / "vit")
+    assert known["size"] == (16, 24) and known["crop_share"] == pytest.approx(0.8)
+    assert ImageFormat((3, 16, 24), form.mean, form.std, known["crop_share"]).scaled == (20, 30)
+
+
+@pytest.mark.parametrize(
+    ("processor", "size", "share"),
+    [
+        (transformers.ViTImageProcessor(), (224, 224), 1.0),
+        (transformers.CLIPImageProcessor(size={"shortest_edge": 256}), (224, 224), 0.875),
+        (transformers.DeiTImageProcessor(), (224, 224), 0.875),
+        (transformers.PoolFormerImageProcessor(), (224, 224), 0.9),
+        (transformers.LevitImageProcessor(), (224, 224), 0.875),
+        (transformers.ConvNextImageProcessor(size={"shortest_edge": 224}), (224, 224), 0.875),
+        (transformers.ConvNextImageProcessor(size={"shortest_edge": 384}), (384, 384), 1.0),
+        (transformers.PerceiverImageProcessor(), (224, 224), 1.0),
+    ],
+    ids=lambda value: type(value).__name__ if hasattr(value, "size") else "",
+)
+def test_what_processors_of_transformers_say(processor: Any, size: tuple[int, int], share: float) -> None:
+    known = of_processor(processor)
+    assert known["size"] == size and known["crop_share"] == pytest.approx(share)
+    assert len(known["mean"]) == len(known["std"]) == 3
+
+
 def test_photos_are_seen_upright_and_16_bits_of_grey_are_not_cut(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "one"
     folder.mkdir(parents=True)
@@ -312,6 +361,11 @@ def test_photos_are_seen_upright_and_16_bits_of_grey_are_not_cut(tmp_path: Path)
     assert np.array_equal(seen[2, 3], np.rot90(seen[3, 2], -1)) and seen[4, 1].tolist() == [[0, 0, 3, 234]]
     with pytest.raises(ValueError, match="its mode is F; expected 8 bits"):
         open_picture(tmp_path / "d.tiff")
+    Image.fromarray(np.array([[0, 100, 255]], np.int32)).save(tmp_path / "e.tiff")
+    assert np.array(open_picture(tmp_path / "e.tiff", mode="L")).tolist() == [[0, 100, 255]]  # 8 bits in 32
+    for damaged in (b"nothing", b"Exif\0\0MM\0*\0"):  # the pixels are whole
+        stored.save(tmp_path / "f.png", exif=damaged)
+        assert open_picture(tmp_path / "f.png", mode="L").size == (3, 2)
 
 
 def test_shifted_images_are_the_image_moved_with_black_edges() -> None:
@@ -418,7 +472,7 @@ def test_one_step_moves_live_weights_only(name: str) -> None:
 
 def test_a_checkpoint_goes_on_with_its_format_and_the_datas_classes(finished: Path, idx: Path, tmp_path: Path) -> None:
     section = ModelSection(checkpoint=finished / "out")
-    assert known_format(section) == {"size": (12, 12), "mean": [0.5], "std": [0.5], "crop_share": 1.0}
+    assert known_format(finished / "out") == {"size": (12, 12), "mean": [0.5], "std": [0.5], "crop_share": 1.0}
     form = ImageFormat((1, 14, 14), [0.25], [0.75], 0.9)
     for classes in (["a", "b", "c"], [f"class {i}" for i in range(10)]):  # another head, and the same one
         model, processor = load_model(section, classes, form)
@@ -426,7 +480,7 @@ def test_a_checkpoint_goes_on_with_its_format_and_the_datas_classes(finished: Pa
         model.save_pretrained(tmp_path)
         again = AutoModelForImageClassification.from_pretrained(tmp_path)
         assert again.config.id2label == dict(enumerate(classes))
-        known = known_format(ModelSection(checkpoint=tmp_path))
+        known = known_format(tmp_path)
         assert known == {"size": (14, 14), "mean": [0.25], "std": [0.75], "crop_share": 0.9}
     images, data = load_images(DataSection(idx=idx))["train"], DataSection(idx=idx)
     assert image_format(images, data, known).mean == [0.25]
@@ -444,7 +498,7 @@ def test_transformers_own_models_are_saved_with_a_processor_that_prepares_images
     )
     write_folder(tmp_path / "data", *stripes(40, 3, size=20))
     section, data = ModelSection(checkpoint=tmp_path / "vit"), DataSection(folder=tmp_path / "data", score="dev")
-    known = known_format(section)
+    known = known_format(tmp_path / "vit")
     assert known == {"size": (16, 16), "mean": [0.1] * 3, "std": [0.3] * 3, "crop_share": 1.0}
     found = load_images(data)
     form = image_format(found["train"], data, known)

@@ -112,7 +112,7 @@ class DataSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise GaPError(f"data.{name}: found {value}, expected at least 1")
-        if self.auto_augment and self.color_jitter:
+        if self.auto_augment and "3a" not in self.auto_augment and self.color_jitter:
             raise GaPError("data.color_jitter: timm leaves it out beside data.auto_augment; expected one of the two")
         if self.scale is not None and not (len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1):
             raise GaPError(f"data.scale: found {self.scale}, expected two shares of the area, the smaller one first")
@@ -138,14 +138,15 @@ class Reader:
 
     def __call__(self, index: int) -> Image.Image:
         place = index if self.places is None else int(self.places[index])
-        if not isinstance(self.source, list):
+        is_file = isinstance(self.source, list)
+        what = f"data.folder: {self.source[place]}" if is_file else f"data.dataset: image {place}"
+        try:
+            if is_file:
+                return open_picture(self.source[place])
             (picture,) = self.source[place].values()
             return as_eight_bits(picture).convert("RGB")
-        path = self.source[place]
-        try:
-            return open_picture(path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise GaPError(f"data.folder: {path} cannot be read: {one_line(error)}") from None
+            raise GaPError(f"{what} cannot be read: {one_line(error)}") from None
 
 
 class Images(Dataset):
@@ -284,6 +285,8 @@ def _from_arrays(data: DataSection) -> Images:
                 if name not in file.files:
                     raise GaPError(f"data.{key}: {data.arrays} has no array '{name}'{did_you_mean(name, file.files)}")
             pixels, labels = file[data.images], file[data.labels]
+    except GaPError:
+        raise
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise GaPError(f"data.arrays: {data.arrays} cannot be read: {one_line(error)}") from None
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or len(pixels) != len(labels) or labels.ndim != 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data.transforms_factory import create_transform
 from timm.optim import (
     create_optimizer_v2,  # pyright: ignore[reportPrivateImportUsage]
     list_optimizers,  # pyright: ignore[reportPrivateImportUsage]
@@ -101,41 +102,73 @@ class ImageFormat:
     std: list[float]
     crop_share: float
 
+    @property
+    def crop_mode(self) -> str:
+        """timm's: a square is cut from the scaled image; to anything else images are scaled whatever their shape."""
+        return "center" if self.size[1] == self.size[2] else "squash"
 
-def known_format(section: ModelSection) -> dict[str, Any]:
-    """What a checkpoint says of `size` (height and width), `mean`, `std` and `crop_share`; nothing for a model from scratch.
+    @property
+    def scaled(self) -> tuple[int, int]:
+        """Height and width before the cut; of an image that keeps its shape, of its shorter side."""
+        return math.floor(self.size[1] / self.crop_share), math.floor(self.size[2] / self.crop_share)
+
+    def transform(self, **training: Any) -> Any:
+        """timm's, from a PIL image to a float tensor (C, H, W): evaluation's, or with its arguments for training."""
+        make: Any = create_transform  # annotated for three channels and no None, and takes both
+        evaluation = {} if training else {"crop_pct": self.crop_share, "crop_mode": self.crop_mode}
+        norm = {"mean": tuple(self.mean), "std": tuple(self.std), "interpolation": "bicubic"}
+        return make(self.size, is_training=bool(training), **norm, **evaluation, **training)
+
+
+def known_format(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of `size` (height and width), `mean`, `std` and `crop_share`, as far as it says it.
 
     Raises:
         GaPError: if it cannot be read.
     """
-    if section.checkpoint is None:
-        return {}
     try:
-        config = AutoConfig.from_pretrained(section.checkpoint)
-        if isinstance(config, TimmWrapperConfig):
-            known = dict(config.pretrained_cfg or {})
-            size = known.get("input_size")
-            found = {"size": tuple(size[1:]) if size else None, "crop_share": known.get("crop_pct")}
-            return {name: value for name, value in {**known, **found}.items() if name in FORMAT and value}
-        processor: Any = AutoImageProcessor.from_pretrained(section.checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError, ImportError) as error:
         raise GaPError(f"model.checkpoint: {one_line(error)}") from None
+    if isinstance(config, TimmWrapperConfig):
+        known = getattr(config, "pretrained_cfg", None) or {}
+        size = known.get("input_size")
+        out = {"size": tuple(size[1:]) if size else None, "crop_share": known.get("crop_pct")}
+        out |= {name: known.get(name) for name in ("mean", "std")}
+        return {name: value for name, value in out.items() if value}
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError, ImportError) as error:
+        raise GaPError(
+            f"model.checkpoint: {checkpoint} has no image processor that says how images are prepared ({one_line(error)}); "
+            "expected data.mean, data.std and data.image_size"
+        ) from None
+    return of_processor(processor)
+
+
+def of_processor(processor: Any) -> dict[str, Any]:
     out: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3}
     if processor.do_normalize:
         out = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
-    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
-    sizes = {**dict(processor.size or {}), **dict(crop or {})}
-    side = sizes.get("shortest_edge")
-    if {"height", "width"} <= sizes.keys():
-        out["size"] = (int(sizes["height"]), int(sizes["width"]))
-        out["crop_share"] = min(1.0, sizes["height"] / side) if side else 1.0
-    elif side:
-        out["size"] = (int(side), int(side))
-        out["crop_share"] = getattr(processor, "crop_pct", None) or 1.0
-    return out
-
-
-FORMAT = ("size", "mean", "std", "crop_share")
+    scaled = {name: int(value) for name, value in dict(processor.size or {}).items() if value}
+    if {"height", "width"} <= scaled.keys():
+        whole = (scaled["height"], scaled["width"])
+    elif "shortest_edge" in scaled:
+        whole = (scaled["shortest_edge"], scaled["shortest_edge"])
+    else:
+        return out
+    crop = dict(processor.crop_size or {}) if getattr(processor, "do_center_crop", None) else {}
+    size = (int(crop["height"]), int(crop["width"])) if {"height", "width"} <= crop.keys() else whole
+    if min(size) > min(whole):  # a cut before the scaling
+        size = whole
+    # A little less, so that what is scaled to is the same whole number of pixels again.
+    share = 1.0 if size == whole else min(size) / (min(whole) + 1e-6)
+    name = type(processor).__name__
+    if name.startswith("Levit"):  # scales to more than its `size` says
+        share *= 224 / 256
+    elif not (name.startswith("ConvNext") and min(whole) >= 384):  # where it does not cut
+        share *= getattr(processor, "crop_pct", None) or 1.0
+    return {**out, "size": size, "crop_share": share}
 
 
 def load_model(section: ModelSection, classes: Sequence[str], form: ImageFormat) -> tuple[PreTrainedModel, Any]:
@@ -165,13 +198,13 @@ def load_model(section: ModelSection, classes: Sequence[str], form: ImageFormat)
     except (OSError, ValueError, TypeError, AssertionError, RuntimeError) as error:
         key = "checkpoint" if section.checkpoint is not None else "args"
         raise GaPError(f"model.{key}: {one_line(error)}") from None
-    _, height, width = form.size
     if not isinstance(model.config, TimmWrapperConfig):
-        short = math.floor(min(height, width) / form.crop_share)  # as timm does it
         # Scaled and cut from the middle, which is what evaluation does here, whatever the checkpoint's own processor did.
+        (height, width), (_, *cut) = form.scaled, form.size
+        is_square = form.crop_mode == "center"
         return model, CLIPImageProcessor(
-            size={"shortest_edge": short},
-            crop_size={"height": height, "width": width},
+            size={"shortest_edge": height} if is_square else {"height": height, "width": width},
+            crop_size={"height": cut[0], "width": cut[1]},
             image_mean=form.mean,
             image_std=form.std,
         )
@@ -181,7 +214,7 @@ def load_model(section: ModelSection, classes: Sequence[str], form: ImageFormat)
         "architecture": model.config.architecture,
         "input_size": list(form.size),
         "interpolation": "bicubic",
-        "crop_mode": "center",
+        "crop_mode": form.crop_mode,
         "mean": form.mean,
         "std": form.std,
         "crop_pct": form.crop_share,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from _images import open_picture
 from PIL import Image
-from timm.data.transforms_factory import create_transform
 from transformers import AutoModelForImageClassification
 
-from _vision.model import ModelSection, known_format
+from _vision.model import ImageFormat, known_format
 from gap_hf.errors import GaPError
 from gap_hf.recipe import one_line
 
@@ -30,20 +28,14 @@ def best_names(folder: str | Path, files: Sequence[Path], *, number: int = 3) ->
     Raises:
         GaPError: naming what cannot be loaded or read.
     """
-    known = known_format(ModelSection(checkpoint=folder))
+    known = {"crop_share": 0.875, **known_format(folder)}
     if missing := [name for name in ("size", "mean", "std") if name not in known]:
         raise GaPError(
             f"{folder}: does not say how images are prepared ({missing[0]}); expected a model that was saved here"
         )
     channels = len(known["mean"])
-    make: Any = create_transform
-    prepare = make(
-        (channels, *known["size"]),
-        mean=tuple(known["mean"]),
-        std=tuple(known["std"]),
-        crop_pct=known.get("crop_share") or 0.875,
-        interpolation="bicubic",
-    )
+    form = ImageFormat((channels, *known["size"]), known["mean"], known["std"], known["crop_share"])
+    prepare = form.transform()
     pictures = []
     for path in files:
         try:

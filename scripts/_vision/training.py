@@ -15,7 +15,6 @@ from _run import SetEpoch, drawn_from
 from safetensors.torch import load_file, save_file
 from timm.data.mixup import Mixup
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from timm.data.transforms_factory import create_transform
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Compose, Resize
@@ -63,19 +62,14 @@ def set_transforms(splits: Mapping[str, Images], data: DataSection, form: ImageF
     """
     if not data.needs_pictures:
         return
-    norm = {"mean": tuple(form.mean), "std": tuple(form.std), "interpolation": "bicubic"}
-    make: Any = create_transform  # annotated for three channels and no None, and takes both
-    plain = make(form.size, crop_pct=form.crop_share, **norm)
+    plain = form.transform()
     try:
-        augmented = make(
-            form.size,
-            is_training=True,
+        augmented = form.transform(
             scale=tuple(data.scale) if data.scale else None,
             hflip=data.horizontal_flip,
             color_jitter=data.color_jitter or None,
             auto_augment=data.auto_augment,
             re_prob=data.random_erasing,
-            **norm,
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise GaPError(f"data.auto_augment: timm cannot make '{data.auto_augment}': {error}") from None

@@ -7,6 +7,7 @@ that fails ends all; its exit code is 1 then. Tests of how users start processes
 from __future__ import annotations
 
 import os
+import random
 import runpy
 import signal
 import socket
@@ -17,6 +18,8 @@ import traceback
 def main() -> int:
     num, script, words = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     import datasets  # noqa: F401
+    import numpy as np
+    import torch
     import toys  # noqa: F401
     import transformers
 
@@ -35,8 +38,12 @@ def main() -> int:
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         sys.argv[:] = [script, *words]
         code = 0
+        for generator in (random, np.random, torch):  # as different as in processes of their own
+            generator.seed()
         try:
             runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = 0 if end.code in (None, 0) else 1
         except BaseException:
             traceback.print_exc()
             code = 1
