@@ -1,13 +1,15 @@
-"""Opening image files the way a person sees them: upright, and with 16 bits of grey brought down to 8."""
+"""Image files as a person sees them, upright and with 16 bits of grey brought down to 8; what transformers' image processors say."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what `open_picture` raises
 ORIENTATION = 0x0112  # in EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,7 +33,7 @@ def open_picture(path: str | Path, *, mode: str = "RGB", upright: bool = True) -
         upright: Turn it as its EXIF data say.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: if it is no image that can be read.
+        One of `UNREADABLE`: if it is no image that can be read.
     """
     with Image.open(path) as image:
         turn = TURNS.get(_orientation(image)) if upright else None
@@ -59,3 +61,15 @@ def as_eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"its mode is {image.mode}; expected 8 bits a channel, or 16 of grey")
     is_small = image.mode == "I" and values.max() <= 255
     return Image.fromarray((values if is_small else values // 256).astype(np.uint8))
+
+
+def norm_of(processor: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel that an image processor normalises with; 0 and 1 if it does not."""
+    if not processor.do_normalize:
+        return [0.0] * 3, [1.0] * 3
+    return list(processor.image_mean), list(processor.image_std)
+
+
+def edges_of(size: Any) -> dict[str, int]:
+    """What a processor's `size` or `crop_size` says: height and width, shortest_edge, or others; empty if there is none."""
+    return {name: int(value) for name, value in dict(size or {}).items() if value}

@@ -71,6 +71,11 @@ def sparsity_of(trainer: Any, model: PreTrainedModel) -> dict[str, Any]:
     return trainer.gap.report()
 
 
+def data_seed(args: TrainingArguments) -> int:
+    """The seed of the order of the data and of what is drawn for them, as Trainer has it."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def draw_for(seed: int, epoch: int, index: int) -> int:
     """A number for one item in one epoch, from which all that is random about it is to come.
 

@@ -27,7 +27,7 @@ from _points.metrics import best_parts, nearest_neighbour_parts, part_scores
 from _points.model import ModelSection, load_model
 from _points.render import Drawn, draw_clouds, table
 from _points.section import DataSection
-from _run import RECIPE_FILE, SetEpoch, cost_of, read_reference, refuse_persistent_workers, sparsity_of
+from _run import RECIPE_FILE, SetEpoch, cost_of, data_seed, read_reference, refuse_persistent_workers, sparsity_of
 from transformers import TrainingArguments, set_seed
 
 import gap_hf
@@ -98,7 +98,7 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
     resume = None if plan_only else checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
 
     shapes = load_shapes(data)
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = data_seed(args)
     clouds = {
         split: PointClouds(found, data, seed=seed, training=split == "train") for split, found in shapes.splits.items()
     }

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from _run import RECIPE_FILE, cost_of, read_reference, sparsity_of
+from _run import RECIPE_FILE, cost_of, data_seed, read_reference, sparsity_of
 from _translation.batching import TokenBatches, TokenBatchSampler
 from _translation.data import DataSection, load_pairs
 from _translation.model import ModelSection, load_model, load_tokenizer
@@ -250,7 +250,7 @@ def make_sampler(train: Dataset, recipe: TranslationRecipe, args: Seq2SeqTrainin
     return TokenBatchSampler(
         lengths(train),
         max_tokens=recipe.data.max_tokens_per_batch,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=data_seed(args),
         group_size=args.world_size * args.gradient_accumulation_steps,
     )
 

@@ -242,8 +242,8 @@ class SSDForObjectDetection(PreTrainedModel):
         assert outputs.logits is not None and outputs.pred_boxes is not None
         threshold = self.ssd.score_thresh if threshold is None else threshold
         iou = self.ssd.nms_thresh if iou is None else iou
-        max_candidates = max_candidates or self.ssd.topk_candidates
-        max_detections = max_detections or self.ssd.detections_per_img
+        max_candidates = self.ssd.topk_candidates if max_candidates is None else max_candidates
+        max_detections = self.ssd.detections_per_img if max_detections is None else max_detections
         found = []
         scores_of_all = outputs.logits.softmax(-1)[..., :-1]
         for boxes, scores in zip(box_convert(outputs.pred_boxes, "cxcywh", "xyxy"), scores_of_all, strict=True):

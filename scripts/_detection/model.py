@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _images import edges_of, norm_of
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -183,12 +184,10 @@ def _image_format(section: ModelSection, config: PreTrainedConfig) -> ImageForma
                     f"({one_line(error)}); expected model.image_mean and model.image_std"
                 ) from None
         else:
-            mean, std = (
-                (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0, 0.0, 0.0], [1.0] * 3)
-            )
-            known = dict(processor.size or {})
-            if size is None and {"height", "width"} <= {name for name, value in known.items() if value}:
-                size = (known["height"], known["width"])
+            mean, std = norm_of(processor)
+            edges = edges_of(processor.size)
+            if size is None and {"height", "width"} <= edges.keys():
+                size = (edges["height"], edges["width"])
     size = size or vars(config).get("image_size") or DEFAULT_SIZE
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return ImageFormat((height, width), tuple(section.image_mean or mean), tuple(section.image_std or std))

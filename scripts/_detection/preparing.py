@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _images import open_picture
+from _images import UNREADABLE, open_picture
 from _run import draw_for, drawn_from
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
@@ -128,12 +127,12 @@ def read_pixels(sample: Sample) -> np.ndarray:
         return np.repeat(sample.image[:, :, None], 3, axis=2)
     try:
         image = open_picture(sample.image)
-        if _bends(image.size, sample.size):
+        width, height = image.size
+        if _bends((width, height), sample.size) and not _bends((height, width), sample.size):
             # Some tools write boxes down for the pixels as they are stored, not as they are seen.
-            stored = open_picture(sample.image, upright=False)
-            image = image if _bends(stored.size, sample.size) else stored
+            image = open_picture(sample.image, upright=False)
         return np.array(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise GaPError(f"{sample.image}: cannot be read as an image: {one_line(error)}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _images import as_eight_bits, open_picture
+from _images import UNREADABLE, as_eight_bits, open_picture
 from _mnist import read_mnist
 from _run import draw_for, drawn_from
 from PIL import Image
@@ -145,7 +145,7 @@ class Reader:
                 return open_picture(self.source[place])
             (picture,) = self.source[place].values()
             return as_eight_bits(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise GaPError(f"{what} cannot be read: {one_line(error)}") from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from _images import edges_of, norm_of
 from timm.data.transforms_factory import create_transform
 from timm.optim import (
     create_optimizer_v2,  # pyright: ignore[reportPrivateImportUsage]
@@ -147,18 +148,18 @@ def known_format(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def of_processor(processor: Any) -> dict[str, Any]:
-    out: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    if processor.do_normalize:
-        out = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
-    scaled = {name: int(value) for name, value in dict(processor.size or {}).items() if value}
+    """`known_format` of one of transformers' image processors."""
+    mean, std = norm_of(processor)
+    out: dict[str, Any] = {"mean": mean, "std": std}
+    scaled = edges_of(processor.size)
     if {"height", "width"} <= scaled.keys():
         whole = (scaled["height"], scaled["width"])
     elif "shortest_edge" in scaled:
         whole = (scaled["shortest_edge"], scaled["shortest_edge"])
     else:
         return out
-    crop = dict(processor.crop_size or {}) if getattr(processor, "do_center_crop", None) else {}
-    size = (int(crop["height"]), int(crop["width"])) if {"height", "width"} <= crop.keys() else whole
+    crop = edges_of(processor.crop_size) if getattr(processor, "do_center_crop", None) else {}
+    size = (crop["height"], crop["width"]) if {"height", "width"} <= crop.keys() else whole
     if min(size) > min(whole):  # a cut before the scaling
         size = whole
     # A little less, so that what is scaled to is the same whole number of pixels again.

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _images import open_picture
-from PIL import Image
+from _images import UNREADABLE, open_picture
 from transformers import AutoModelForImageClassification
 
 from _vision.model import ImageFormat, known_format
@@ -40,7 +39,7 @@ def best_names(folder: str | Path, files: Sequence[Path], *, number: int = 3) ->
     for path in files:
         try:
             pictures.append(prepare(open_picture(path, mode="L" if channels == 1 else "RGB")))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise GaPError(f"{path}: cannot be read as an image: {one_line(error)}") from None
     try:
         model = AutoModelForImageClassification.from_pretrained(folder).eval()

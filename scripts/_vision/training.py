@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _norms import RecalibratedTrainer
-from _run import SetEpoch, drawn_from
+from _run import SetEpoch, data_seed, drawn_from
 from safetensors.torch import load_file, save_file
 from timm.data.mixup import Mixup
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -159,7 +159,7 @@ class ClassificationTrainer(RecalibratedTrainer):
         # Its loss is a mean, which Trainer has to divide by the accumulation's length.
         self.model_accepts_loss_kwargs = False
         images: Any = self.train_dataset
-        images.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        images.seed = data_seed(self.args)
         self.add_callback(SetEpoch(images))
         if section.average_decay is not None:
             self.average = WeightAverage(self, section.average_decay)
