@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_list(tier, cells, args.results, jobs)
             return 0
         pending = [cell for cell in cells if not is_done(args.results, cell, redo=args.redo)]
+        pending.sort(key=lambda cell: cell.seed)  # every method once before any of them again
         for cell in pending:
             cell.identity()  # every recipe is checked before the first run
     except GaPError as error:
