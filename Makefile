@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo demo-dense test test-distributed test-lowest lint bench-overhead bench-communication bench-training
+.PHONY: demo demo-dense test test-distributed test-gpu test-lowest lint bench-overhead bench-communication bench-training
 .PHONY: bench-format bench-inference scaling-docs clean
 .PHONY: bench-quality-tiny bench-quality-small bench-quality-gpu quality-report
 
@@ -19,6 +19,10 @@ test: $(VENV)/.test  ## everything but benchmarks; needs no network and no GPU
 
 test-distributed: $(VENV)/.test  ## of these, the ones on one, two and four gloo processes
 	$(BIN)/python -m pytest tests/distributed tests/test_ddp.py $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.test  ## on a machine with a CUDA GPU: those with models on it, and those that need one
+	GAP_HF_TEST_DEVICE=cuda CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/test_resume.py tests/test_trainer.py \
+	  tests/test_methods.py tests/test_masks.py tests/test_patterns.py tests/test_inference.py $(PYTEST_ARGS)
 
 test-lowest: .venv-lowest/.test  ## the same tests at the lower bounds of pyproject.toml
 	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)

@@ -1,10 +1,12 @@
 """What a step of GaPTrainer costs against Trainer's, for every method, on the demo: interleaved, in one process.
 
     make bench-overhead          # or: python benchmarks/overhead.py --rounds 300 --methods cyclic rigl
+    python benchmarks/overhead.py --recipe recipes/translation/gpu.yaml --output benchmarks/results/overhead-gpu.json
 
 The demo's recipe without GaP and with each method take turns step by step (greenlets, so that all have the same threads
 and caches), on the same batches. A turn is one whole trip round Trainer's loop: data, forward, backward, clipping,
-update, callbacks, logging. The order within a round moves on from round to round.
+update, callbacks, logging. The order within a round moves on from round to round. On a GPU a turn ends when the GPU has
+done all of it; `where_ms` is then what Python takes to launch, but for `_apply`.
 
 For each method: the median ratio to the dense step of the same round with a 95 % bootstrap interval, over the steps at
 which no mask changes; the cost of the mask changes that the method makes over the whole demo, spread over its steps; and
@@ -85,6 +87,7 @@ def main() -> None:
         trainers = [make(None, total)]
         trainers += [make(config.replace(**SQUEEZED.get(m, {})), total) for m, config in configs.items()]
         spent = instrument()
+        on_gpu = trainers[0].args.device.type == "cuda"
         seconds = run_in_turns(trainers, total)
 
     dense = seconds[:, 0]
@@ -105,7 +108,7 @@ def main() -> None:
         "trainer_ms": 1e3 * float(np.median(dense)),
         "methods": methods,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +172,7 @@ def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[GaPCon
 
 def run_in_turns(trainers: list[Any], total: int) -> np.ndarray:
     """Seconds of each step (rows) of each trainer (columns)."""
+    on_gpu = trainers[0].args.device.type == "cuda"
     runs = [greenlet.greenlet(t.train) for t in trainers]
     for run in runs:
         run.switch()  # up to the start of the first step
@@ -178,6 +182,8 @@ def run_in_turns(trainers: list[Any], total: int) -> np.ndarray:
             i = (step + turn) % len(runs)
             begin = time.perf_counter()
             runs[i].switch()
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds[step, i] = time.perf_counter() - begin
     return seconds  # the last turn also contains the end of training
 
@@ -188,10 +194,13 @@ def instrument() -> dict[int, dict[str, list[float]]]:
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            wait = torch.cuda.synchronize if name == "_apply" and torch.cuda.is_initialized() else lambda: None
+            wait()
             begin = time.perf_counter()
             try:
                 return method(self, *args, **kwargs)
             finally:
+                wait()
                 spent[id(self)][name].append(time.perf_counter() - begin)
 
         return call

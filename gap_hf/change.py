@@ -70,7 +70,8 @@ class Tally:
         self._dropped += losses
 
     def compare(self, old: Tensor, new: Tensor, part: Part) -> None:
-        """Note how far two masks of a weight agree."""
+        """Note how far two masks of a weight agree; the older may lie where the weight was before it was moved."""
+        old = old.to(new.device)
         overlap, union = total_counts([int((old & new).sum()), int((old | new).sum())], [part, part])
         self._overlap += overlap
         self._union += union

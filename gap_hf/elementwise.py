@@ -44,13 +44,14 @@ def check_elementwise(optimizer: Optimizer) -> None:
 def _trial(optimizer: Optimizer) -> bool:
     """A few steps of a new optimizer of this class: of a masked matrix, and of the vector of its live entries."""
     generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(6, 8, generator=generator) < 0.4
-    weight = torch.randn(6, 8, generator=generator) * mask
+    device = next(p for group in optimizer.param_groups for p in group["params"]).device  # some work on a GPU only
+    mask = (torch.rand(6, 8, generator=generator, device="cpu") < 0.4).to(device)
+    weight = torch.randn(6, 8, generator=generator, device="cpu").to(device) * mask
     dense, live = nn.Parameter(weight.clone()), nn.Parameter(weight[mask])
     kind: Any = type(optimizer)
     both = kind([dense], **optimizer.defaults), kind([live], **optimizer.defaults)
     for _ in range(_PROBE_STEPS):
-        gradient = torch.randn(6, 8, generator=generator) * mask
+        gradient = torch.randn(6, 8, generator=generator, device="cpu").to(device) * mask
         dense.grad, live.grad = gradient, gradient[mask]
         for one in both:
             one.step()

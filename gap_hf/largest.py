@@ -91,7 +91,7 @@ def _kth_largest_bits(pool: Sequence[Scores], k: int, num_bits: int) -> tuple[in
         by_peers: dict[Peers, Tensor] = {}
         for scores in pool:
             # The last place counts NaN.
-            counts = by_peers.setdefault(scores.part.peers, torch.zeros(_DIGITS + 1, dtype=torch.int64))
+            counts = by_peers.setdefault(scores.part.peers, torch.zeros(_DIGITS + 1, dtype=torch.int64, device="cpu"))
             for start, bits in _bits(scores, num_bits):
                 if first:
                     counts[-1] += torch.isnan(scores.values[start : start + bits.numel()]).sum().cpu()

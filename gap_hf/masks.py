@@ -32,10 +32,13 @@ class Masks:
         # Counted when a mask is set, which is on all ranks; to ask is not.
         self._live = {name: p.numel() for name, p in self.params.items()}
         self._masks: dict[str, Tensor | None] = dict.fromkeys(self.params)
-        self._sparse: list[tuple[nn.Parameter, Tensor]] = []
+        self._sparse: list[tuple[nn.Parameter, Tensor]] | None = None  # made when it is asked for
 
     def __getitem__(self, name: str) -> Tensor | None:
-        return self._masks[name]
+        mask = self._masks[name]
+        if mask is not None and mask.device != (place := local(self.params[name]).device):
+            mask = self._masks[name] = mask.to(place)
+        return mask
 
     def __iter__(self):
         return iter(self._masks)
@@ -55,7 +58,7 @@ class Masks:
         # A sum of uint8 accumulates in int64.
         count = param.numel() if mask is None else int(mask.sum())
         self._live[name] = total_counts([count], [self.parts[name]])[0]
-        self._sparse = [(self.params[n], m) for n, m in self._masks.items() if m is not None]
+        self._sparse = None
 
     def adopted(self, given: Masks | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Masks of an earlier run for these weights, as the parts that lie here.
@@ -81,19 +84,22 @@ class Masks:
     @torch.no_grad()
     def apply_to_weights(self) -> None:
         """Set every masked weight to 0, in place."""
-        for param, mask in self._sparse:
+        for param, mask in self.sparse_params():
             local(param).mul_(mask)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradient of every masked weight to 0, in place; parameters without a gradient are left out."""
-        for param, mask in self._sparse:
+        for param, mask in self.sparse_params():
             if param.grad is not None:
                 local(param.grad).mul_(mask)
 
     def sparse_params(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The parameters that have a mask now, with it."""
-        return self._sparse
+        """The parameters that have a mask now, with it, on their device: a model may be moved after its masks were set."""
+        pairs = self._sparse
+        if pairs is None or (pairs and pairs[0][1].device != local(pairs[0][0]).device):
+            pairs = self._sparse = [(self.params[n], m) for n in self._masks if (m := self[n]) is not None]
+        return pairs
 
     def live(self, name: str) -> int:
         """How many weights of one tensor are live, on all processes together."""
@@ -116,7 +122,7 @@ class Masks:
         """
         sha = hashlib.sha256()
         for name in sorted(self._masks if names is None else names):
-            mask = self._masks[name]
+            mask = self[name]
             sha.update(f"{name}:{tuple(self.params[name].shape)}:{'dense' if mask is None else 'sparse'};".encode())
             if mask is not None:
                 sha.update(pack_bits(self.parts[name].gather(mask)).numpy().tobytes())

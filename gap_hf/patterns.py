@@ -146,7 +146,7 @@ def pooled_masks(
 
 def random_mask(shape: Sequence[int], pattern: Pattern, keep: int, layout: str, generator: torch.Generator) -> Tensor:
     """A mask of the same form and count with random places; drawn on the CPU, so alike on every device."""
-    return magnitude_mask(torch.rand(tuple(shape), generator=generator), pattern, keep, layout)
+    return magnitude_mask(torch.rand(tuple(shape), generator=generator, device="cpu"), pattern, keep, layout)
 
 
 def erk_counts(shapes: Sequence[tuple[int, int, int]], units: Sequence[int], sparsity: Fraction) -> list[int]:

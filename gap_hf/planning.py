@@ -21,6 +21,15 @@ from gap_hf.tables import size_text, time_text
 from gap_hf.targets import Targets, clean_name, find_targets
 
 
+def dtype_of(found: str | None, gap: GaPConfig) -> str:
+    """In which a recipe's checkpoint is trained, its `model.dtype` being `found`: a torch type's name, or ``auto`` for what was saved.
+
+    fp32 if nothing is said. transformers would take what was saved, and a bf16 weight cannot take the small steps of
+    fine-tuning. `master_weights` has fp32 copies, and is given what was saved.
+    """
+    return found or ("auto" if gap.master_weights and not gap.is_off else "float32")
+
+
 def count_batches(num_examples: int, args: TrainingArguments) -> int:
     """Batches of an epoch on each process, for a dataset that the Trainer batches itself."""
     together = args.train_batch_size * args.world_size

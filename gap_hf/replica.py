@@ -79,7 +79,8 @@ class Replica:
                     state.pop(param, None)
         sparsifier.previous, sparsifier.levels = dict(self.previous), list(self.levels)
         for name, mask in self.masks.items():
-            sparsifier.masks.set(name, mask)
+            if mask is not sparsifier.masks[name]:  # else the weights that came obey it
+                sparsifier.masks.set(name, mask)
 
     def state_device(self, name: str, key: str) -> torch.device:
         """Where an optimizer keeps this part of a parameter's state; some keep counts on the CPU."""
@@ -170,7 +171,9 @@ def save_replica(path: Path, replica: Replica) -> None:
     tensors |= {f"previous/{name}": pack_bits(mask) for name, mask in replica.previous.items()}
     header = json.dumps({"levels": replica.levels, "state": values})
     part = path.with_name(f".{path.name}.part")
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata={"gap_hf": header})
+    # Copies, because some share memory, and on a CPU, because a GPU may have no room for them.
+    copies = {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    save_file(copies, part, metadata={"gap_hf": header})
     part.replace(path)
 
 

@@ -84,5 +84,7 @@ def _check(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
         weight = params[name].detach()
         if mask.shape != weight.shape:
             raise GaPError(f"masks: '{name}' has shape {tuple(mask.shape)}, expected {tuple(weight.shape)}")
+        if weight.is_meta:
+            raise GaPError(f"'{name}' is not in memory but offloaded; expected a model that is whole on its devices")
         if wrong := int(((weight != 0) & (mask.to(weight.device) == 0)).sum()):
             raise GaPError(f"masks: '{name}' has {wrong} masked weights that are not 0")

@@ -186,7 +186,8 @@ class Selection:
         if update.grow_by == "gradient":
             assert param.grad is not None, name
             return local(param.grad).detach().abs().float()
-        draw = torch.rand(tuple(param.shape), generator=self._generator(name, f"growth at step {update.step}"))
+        generator = self._generator(name, f"growth at step {update.step}")
+        draw = torch.rand(tuple(param.shape), generator=generator, device="cpu")
         return self.parts[name].cut(draw).to(param.device)
 
     def _generator(self, name: str, draw: str) -> torch.Generator:

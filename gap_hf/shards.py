@@ -162,7 +162,7 @@ def exchange(values: Sequence[float], parts: Sequence[Part]) -> list[list[float]
     for peers in dict.fromkeys(part.peers for part in parts):
         places = [i for i, part in enumerate(parts) if part.peers == peers]
         kind = torch.int64 if all(isinstance(v, int) for v in values) else torch.float64
-        table = peers.gather(torch.tensor([values[i] for i in places], dtype=kind)).tolist()
+        table = peers.gather(torch.tensor([values[i] for i in places], dtype=kind, device="cpu")).tolist()
         for column, i in enumerate(places):
             out[i] = [row[column] for row in table]
     return out

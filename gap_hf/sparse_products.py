@@ -76,7 +76,9 @@ class Products:
             arrays = [order.starts, order.columns, order.lengths]
             starts, columns, lengths = (0 if array is None else array.data_ptr() for array in arrays)
             sizes = [self.num_in, self.num_out, len(order.starts) - 1]
-            self._placed = torch.tensor([*sizes, 0, starts, columns, 0, lengths, *strides], dtype=torch.int64)
+            self._placed = torch.tensor(
+                [*sizes, 0, starts, columns, 0, lengths, *strides], dtype=torch.int64, device="cpu"
+            )
 
     @property
     def any_sparse(self) -> bool:
@@ -122,7 +124,7 @@ class _Values:
     def __init__(self, order: Order, num_in: int, strides: tuple[int, ...], zero: int) -> None:
         at = order.places.masked_fill(order.places < 0, zero)  # what fills up is 0, and stays it
         self.places = (at // num_in * strides[0] + at % num_in * strides[1]).to(torch.int32)
-        self.tensor = torch.empty(len(at))
+        self.tensor = torch.empty(len(at), device="cpu")
         self._of: tuple[int, int] | None = None
 
     def follow(self, weight: Tensor) -> None:

@@ -209,9 +209,11 @@ class ProcessWorkers(_Workers):
     def _fetch(self, live: Replica, worker: int, like: Tensor, get: Callable[[Replica], Tensor]) -> Tensor:
         own = worker == self.groups.index and self.groups.is_leader
         source = get(live).detach() if own else like
-        value = torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(source)
+        # From where the weights are: NCCL sends nothing from a CPU, where some optimizers keep their count of steps.
+        place = next(iter(live.params.values())).device
+        value = torch.empty(like.shape, dtype=like.dtype, device=place).copy_(source)
         broadcast(value, self.groups.leader(worker))
-        return value
+        return value.to(like.device)
 
     def drop(self) -> None:
         self._set_apart(False)

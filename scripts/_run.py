@@ -14,13 +14,34 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from gap_hf import GaPError
+from gap_hf import GaPConfig, GaPError, planning
+from gap_hf.errors import did_you_mean
 from gap_hf.planning import format_summary, summarize
 from gap_hf.recipe import Recipe, one_line
 
 RECIPE_FILE = "recipe.yaml"
 # Shares of a dense run of the same length.
 COSTS = ("training_flops_of_prunable", "training_flops_of_model", "inference_flops_of_model")
+
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def check_dtype(found: str | None, checkpoint: str | Path | None) -> None:
+    """`model.dtype`, in which a checkpoint's weights are trained. Raises GaPError if it is none, or of no checkpoint."""
+    if found is not None and found not in DTYPES:
+        raise GaPError(f"model.dtype: found '{found}'{did_you_mean(found, DTYPES)}")
+    if found is not None and checkpoint is None:
+        raise GaPError("model.dtype: is of a checkpoint's weights; expected model.checkpoint with it")
+
+
+def dtype_of(found: str | None, gap: GaPConfig, args: TrainingArguments) -> str:
+    """`gap_hf.planning.dtype_of`. Raises GaPError for weights that a gradient scaler does not take."""
+    if found == "float16" and args.fp16:
+        raise GaPError(
+            "model.dtype: found float16 with training.fp16: true, whose gradient scaler takes fp32 weights; expected float32"
+        )
+    return planning.dtype_of(found, gap)
 
 
 def cost_of(

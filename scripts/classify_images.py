@@ -23,7 +23,7 @@ import timm
 import torch
 import transformers
 import yaml
-from _run import RECIPE_FILE, cost_of, read_reference, refuse_persistent_workers, sparsity_of
+from _run import RECIPE_FILE, cost_of, dtype_of, read_reference, refuse_persistent_workers, sparsity_of
 from _vision.data import DataSection, load_images
 from _vision.model import ModelSection, check_training, known_format, load_model
 from _vision.prediction import best_names
@@ -89,7 +89,9 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
     form = image_format(splits["train"], data, known)
     set_transforms(splits, data, form)
     set_seed(args.seed)  # the same weights, whatever came before
-    model, processor = load_model(section, splits["train"].classes, form)
+    model, processor = load_model(
+        section, splits["train"].classes, form, dtype=dtype_of(section.dtype, recipe.gap, args)
+    )
 
     total_steps, steps_per_epoch = count_optimizer_steps(count_batches(len(splits["train"]), args), args)
     check_training(section, model, args, total_steps)

@@ -26,7 +26,16 @@ from _detection.model import ModelSection, image_processor, load_model
 from _detection.preparing import DetectionSet, collate
 from _detection.results import SCORES, results_table
 from _detection.training import DetectionTrainer
-from _run import RECIPE_FILE, SetEpoch, cost_of, data_seed, read_reference, refuse_persistent_workers, sparsity_of
+from _run import (
+    RECIPE_FILE,
+    SetEpoch,
+    cost_of,
+    data_seed,
+    dtype_of,
+    read_reference,
+    refuse_persistent_workers,
+    sparsity_of,
+)
 from transformers import TrainingArguments, set_seed
 
 import gap_hf
@@ -80,7 +89,9 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
     splits = load_splits(data)
     set_seed(args.seed)  # the same weights, whatever came before
     with args.main_process_first(desc="loading the model"):
-        model, classes, form = load_model(recipe.model, splits.names)
+        model, classes, form = load_model(
+            recipe.model, splits.names, dtype=dtype_of(recipe.model.dtype, recipe.gap, args)
+        )
     train_set = DetectionSet(splits.train, form, classes=classes, augmentation=data.augmentation, seed=data_seed(args))
     dev_set = DetectionSet(splits.dev, form, classes=classes)
     split, scored = splits.scored(data.score)

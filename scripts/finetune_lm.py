@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _run import check_dtype, dtype_of
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -33,17 +34,23 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """Either `checkpoint` (Hub name or folder), or `type`, `config` and `tokenizer` for a model from scratch."""
+    """Either `checkpoint` (Hub name or folder), or `type`, `config` and `tokenizer` for a model from scratch.
+
+    `dtype` is in which a checkpoint's weights are trained: float32, bfloat16, float16, or auto for what they were saved in. None is
+    float32, and auto with `gap.master_weights`.
+    """
 
     checkpoint: str | Path | None = None
     type: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | Path | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.type is None):
             found = "neither" if self.type is None else "both"
             raise GaPError(f"model.type: found {found} of type and checkpoint, expected one of the two")
+        check_dtype(self.dtype, self.checkpoint)
         if self.type is not None and self.tokenizer is None:
             raise GaPError("model.tokenizer: not set; a model from scratch needs the name or folder of a tokenizer")
 
@@ -89,10 +96,10 @@ def load_data(data: DataSection) -> tuple[Dataset, Dataset | None]:
         raise GaPError(f"data.{'dataset' if data.dataset else 'train'}: could not load it: {one_line(error)}") from None
 
 
-def load_model(section: ModelSection) -> PreTrainedModel:
+def load_model(section: ModelSection, *, dtype: str = "float32") -> PreTrainedModel:
     try:
         if section.checkpoint is not None:
-            return AutoModelForCausalLM.from_pretrained(section.checkpoint)
+            return AutoModelForCausalLM.from_pretrained(section.checkpoint, dtype=dtype)
         assert section.type is not None
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(section.type, **section.config))
     except (OSError, ValueError, TypeError) as error:
@@ -114,7 +121,7 @@ def run(argv: Sequence[str]) -> None:
     args: SFTConfig = recipe.training_arguments(SFTConfig)
     resume = checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
     train, dev = load_data(recipe.data)
-    model = load_model(recipe.model)
+    model = load_model(recipe.model, dtype=dtype_of(recipe.model.dtype, recipe.gap, args))
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.tokenizer or recipe.model.checkpoint)
     except (OSError, ValueError) as error:

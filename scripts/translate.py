@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from _run import RECIPE_FILE, cost_of, data_seed, read_reference, sparsity_of
+from _run import RECIPE_FILE, cost_of, data_seed, dtype_of, read_reference, sparsity_of
 from _translation.batching import TokenBatches, TokenBatchSampler
 from _translation.data import DataSection, load_pairs
 from _translation.model import ModelSection, load_model, load_tokenizer
@@ -121,7 +121,12 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
     with args.main_process_first(desc="tokenizing"):
         tokens = {split: tokenize(rows, tokenizer, data, split) for split, rows in pairs.items()}
     set_seed(args.seed)  # the same weights, whatever came before
-    model = load_model(recipe.model, tokenizer, max_length=args.generation_max_length or data.max_length)
+    model = load_model(
+        recipe.model,
+        tokenizer,
+        max_length=args.generation_max_length or data.max_length,
+        dtype=dtype_of(recipe.model.dtype, recipe.gap, args),
+    )
     assert model.generation_config is not None
     model.generation_config.num_beams = args.generation_num_beams or model.generation_config.num_beams
     if model.config.model_type == "t5" and data.source_prefix:
@@ -142,7 +147,9 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
         train_dataset=tokens["train"],
         eval_dataset=tokens["dev"],
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 else None),
+        data_collator=DataCollatorForSeq2Seq(
+            tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 and sampler is None else None
+        ),
         compute_metrics=lambda p: scorer(decode(p.predictions, tokenizer, references["dev"]), references["dev"]),
     )
     trainer.eval_num_beams = data.eval_num_beams

@@ -315,8 +315,9 @@ def test_what_is_not_square_is_scaled_alike_in_training_evaluation_and_pipelines
     config = ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=[16, 24]
     )
-    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    _, processor = load_model(ModelSection(checkpoint=tmp_path / "vit"), ["a", "b"], form)
+    ViTForImageClassification(config).bfloat16().save_pretrained(tmp_path / "vit")
+    model, processor = load_model(ModelSection(checkpoint=tmp_path / "vit"), ["a", "b"], form)
+    assert model.dtype is torch.float32
     processor.save_pretrained(tmp_path / "vit")
     pixels = AutoImageProcessor.from_pretrained(tmp_path / "vit")(picture, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels[0], plain[0]["pixel_values"], atol=0.08, rtol=0)  # noise: four levels of 255

@@ -26,6 +26,7 @@ from torchvision.models.detection import (
     ssd300_vgg16,
     ssdlite320_mobilenet_v3_large,
 )
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, TrainingArguments, pipeline
 
@@ -145,6 +146,22 @@ def test_the_networks_are_torchvisions(architecture: str, builder: Any) -> None:
     transform: Any = theirs.transform
     assert [mine.config.image_mean, mine.config.image_std] == [transform.image_mean, transform.image_std]
     assert mine.config.image_size == transform.fixed_size[0]
+
+
+def test_default_boxes_are_whole_in_half_precision() -> None:
+    model, size = ssd(LITE), 300
+    maps = [torch.zeros(1, 8, n, n) for n in (38, 19, 10, 5, 3, 1)]
+    pixels = torch.zeros(2, 3, size, size)
+    whole = model._anchors(pixels, maps)
+    expected = model.ssd.anchor_generator(ImageList(pixels, [(size, size)] * 2), maps)
+    half = model._anchors(pixels.bfloat16(), [one.bfloat16() for one in maps])
+    for one, two, three in zip(whole, expected, half, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    used: list[Any] = []
+    model._anchors = lambda *args: used.append(args) or whole  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="size"):  # of the forward's own maps there are others
+        model(torch.zeros(2, 3, 64, 64))
+    assert used
 
 
 def test_matching_by_hand() -> None:
@@ -669,6 +686,10 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: dict[s
     assert 0 <= results["map"] <= results["map_50"] <= 1 and results["per_class"].keys() == {"bar", "square"}
     assert results["at_target"] and results["dev_images"] == 3 and len(results["dev"]) == 3
     assert results["scored"] == "dev" and "on 3 dev images" in out
+    half, _, _ = load_model(ModelSection(checkpoint=tmp_path / "run"), ["bar", "square"], dtype="bfloat16")
+    assert half.dtype is torch.bfloat16
+    half.save_pretrained(tmp_path / "half")
+    assert load_model(ModelSection(checkpoint=tmp_path / "half"), ["bar", "square"])[0].dtype is torch.float32
     loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
     params = dict(loaded.named_parameters())
     for layer in results["layers"]:

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.sft_config import SFTConfig
+
+from gap_hf.commands.plan import build
+from gap_hf.planning import dtype_of
+from gap_hf.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -70,6 +77,37 @@ def test_a_sparse_language_model(recipe: Path, tmp_path: Path, capsys: pytest.Ca
     assert "sparsity" in capsys.readouterr().out
     # TRL's own metrics stay in its own records.
     assert (tmp_path / "run/gap_masks.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "F32"),
+        (["--model.dtype=auto"], "BF16"),
+        (["--gap.live_state=true", "--gap.master_weights=true"], "BF16"),
+        (["--gap.live_state=true", "--gap.master_weights=true", "--model.dtype=float32"], "F32"),
+        (["--gap.live_state=true", "--gap.master_weights=true", "--gap.method=dense"], "F32"),
+    ],
+)
+def test_a_checkpoint_in_bf16_is_trained_in_fp32(
+    recipe: Path, tmp_path: Path, overrides: list[str], expected: str
+) -> None:
+    """transformers would take what was saved, and then AdamW's small steps are lost in rounding."""
+    import finetune_lm
+
+    values = yaml.safe_load(recipe.read_text())
+    config = AutoConfig.for_model(values["model"]["type"], **values["model"]["config"])
+    checkpoint = tmp_path / "bf16"
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(checkpoint)
+    values["model"] = {"checkpoint": str(checkpoint), "tokenizer": str(tmp_path / "tokenizer")}
+    recipe.write_text(yaml.safe_dump(values))
+    assert finetune_lm.main([str(recipe), *overrides]) == 0
+    with safe_open(tmp_path / "run/model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {expected}  # noqa: SIM118 - no mapping
+    # gap-hf plan foresees the same.
+    recipe_with = load_recipe(recipe, overrides, model_cls=dict, data_cls=dict, training_cls=SFTConfig)
+    dtype = dtype_of(recipe_with.model.get("dtype"), recipe_with.gap)
+    assert build(recipe_with.model, dtype=dtype).dtype is {"F32": torch.float32, "BF16": torch.bfloat16}[expected]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -593,7 +595,50 @@ def test_modules_of_others_are_left_alone() -> None:
     hooked = sparse_linear(20, 20)
     hooked.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(GaPError, match="no Linear, Conv1D or Conv2d"):
-        optimize_for_inference(nn.ModuleList([mine, grouped, hooked]))
+        optimize_for_inference(nn.ModuleList([mine, grouped]))
+    with pytest.raises(GaPError, match=r"has a forward of its own, .* '0' is the first"):
+        optimize_for_inference(nn.ModuleList([hooked, mine]))
+
+
+@pytest.mark.usefixtures("always_sparse")
+def test_weights_that_are_offloaded_afterwards_are_not_held(caplog: pytest.LogCaptureFixture) -> None:
+    layers = nn.Sequential(sparse_linear(40, 48, 16), sparse_linear(48, 40))
+    x = torch.randn(3, 40)
+    optimize_for_inference(layers)
+    with torch.no_grad():
+        want = layers(x)
+    assert all(layer.gap_product.packed is not None for layer in layers)  # type: ignore[union-attr]
+    add_hook_to_module(layers[0], AlignDevicesHook(execution_device="cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(layers(x), want)
+    assert layers[0].gap_product.packed is not None  # the hook leaves the weight where it is
+    remove_hook_from_module(layers[0])
+    cpu_offload(layers, execution_device=torch.device("cpu"))
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(layers(x), want)
+        assert all(layer.gap_product.packed is None for layer in layers)  # type: ignore[union-attr]
+    assert not inference_report(layers)
+    assert "are offloaded, so these layers run dense" in caplog.text
+
+
+def test_a_layer_without_any_form_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "fastest", lambda runs: pytest.fail("measured"))
+    layer = sparse_linear(40, 48).half()
+    optimize_for_inference(layer, token_counts=[1])
+    assert [set(report.forms.values()) for report in inference_report(layer)] == [{"dense"}]
+    assert not choice.cache_file().exists()
+
+
+@pytest.mark.usefixtures("always_sparse")
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_default_device_does_not_matter(rows: int) -> None:
+    layer = sparse_linear(40, 48, rows)
+    x = torch.randn(5, 40)
+    want = layer(x)
+    with torch.device("meta"):  # where a CPU layer's arrays must not be, no more than on a GPU
+        optimize_for_inference(layer)
+        torch.testing.assert_close(layer(x), want)
 
 
 def test_random_numbers_are_not_touched() -> None:
@@ -621,10 +666,29 @@ def test_a_new_process_compiles_once_more(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_two_of_four_on_a_gpu() -> None:
-    layer = nn.Linear(256, 256).requires_grad_(False).half().cuda()
-    layer.weight.view(256, 64, 4)[:, :, :2] = 0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_of_four_on_a_gpu(dtype: torch.dtype) -> None:
+    layer = two_of_four_layer().to("cuda", dtype)
     plain = copy.deepcopy(layer)
     optimize_for_inference(layer, token_counts=[64])
-    x = torch.randn(64, 256, device="cuda", dtype=torch.float16)
-    torch.testing.assert_close(layer(x), plain(x), rtol=1e-2, atol=1e-2)
+    packed = layer.gap_product.packed
+    form = packed.form("2:4 tensor cores", layer.weight)
+    assert form is not None
+    for tokens in (1, 3, 64):
+        x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
+        torch.testing.assert_close(form(x, layer.bias, 1), plain(x), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-2, atol=1e-2)  # whichever was faster
+
+
+def two_of_four_layer() -> nn.Linear:
+    """Two of four in places of their own in each row: whole columns would be blocks, which are found first."""
+    layer = nn.Linear(256, 256).requires_grad_(False)
+    draw = torch.rand(256, 64, 4, generator=torch.Generator().manual_seed(0))
+    layer.weight.mul_((draw.argsort(-1) < 2).view(256, 256))
+    return layer
+
+
+def test_two_of_four_is_seen() -> None:
+    layer = two_of_four_layer()
+    optimize_for_inference(layer)
+    assert layer.gap_product.packed.structure.pattern == "2:4"

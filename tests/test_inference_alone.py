@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from test_inference import fresh, prune  # noqa: F401  # a fixture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -131,6 +133,36 @@ def test_weights_that_are_loaded_or_put_there_count() -> None:
     model[0].weight = nn.Parameter(torch.ones(48, 40))
     assert torch.equal(model[0](x), nn.functional.linear(x, torch.ones(48, 40), model[0].bias))  # type: ignore[arg-type]
     assert torch.equal(model.state_dict()["0.weight"], torch.ones(48, 40))
+
+
+def test_a_weight_that_was_moved_past_the_layer_is_refused() -> None:
+    model = optimize_for_inference(model_of(8), keep_dense=False)
+    set_module_tensor_to_device(model[0], "weight", "meta")
+    set_module_tensor_to_device(model[0], "weight", "cpu", value=torch.full((48, 40), torch.nan))
+    with pytest.raises(GaPError, match="dispatch_model"):
+        model(torch.randn(3, 40))
+
+
+def test_a_weight_that_is_lent_is_not_held() -> None:
+    model = optimize_for_inference(model_of(8), keep_dense=False)
+    weights = [torch.ones(48, 40), torch.zeros(48, 40)]
+    for weight in weights:
+        model[0].weight = nn.Parameter(weight)
+        lent = weakref.ref(model[0].weight)
+        assert torch.isfinite(model(torch.randn(3, 40))).all()
+    model[0].weight = nn.Parameter(torch.ones(48, 40))
+    assert lent() is None
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_default_device_does_not_matter(rows: int) -> None:
+    model = model_of(rows)
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(3, 40)
+    want = model(x)
+    with torch.device("meta"):
+        optimize_for_inference(model, keep_dense=False)
+        torch.testing.assert_close(model(x), want)
+        assert toys.same_tensors(dict(model.state_dict()), dict(before))
 
 
 def test_whoever_reads_the_weight_past_the_layer_gets_nan() -> None:

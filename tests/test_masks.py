@@ -116,6 +116,30 @@ def test_applying_to_weights_and_gradients() -> None:
     assert torch.equal(params["b"], dense)
 
 
+def test_masks_follow_a_model_that_is_moved() -> None:
+    layer = nn.Linear(4, 3)
+    masks = Masks({"w": layer.weight})
+    masks.set("w", random_bits((3, 4)))
+    masks.params["w"] = nn.Parameter(layer.weight.to("meta"))  # .cuda() keeps the parameter
+    assert [mask.device.type for _, mask in masks.sparse_params()] == ["meta"]
+    assert masks["w"].device.type == "meta"  # type: ignore[union-attr]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_masks_follow_a_model_to_a_gpu() -> None:
+    layer = nn.Linear(4, 3)
+    masks = Masks({"w": layer.weight})
+    mask = random_bits((3, 4))
+    masks.set("w", mask)
+    for place in ("cuda", "cpu"):
+        masks.apply_to_weights()
+        layer.to(place)
+        layer.weight.data.fill_(1)
+        masks.apply_to_weights()
+        assert torch.equal(layer.weight.detach().cpu(), mask.float())
+
+
 def test_a_parameter_without_a_gradient_is_left_out() -> None:
     params = two_params()
     masks = Masks(params)

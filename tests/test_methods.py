@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toys import ON_GPU
 
 from gap_hf.config import METHODS, SCHEDULE_KEYS, GaPConfig
 from gap_hf.errors import GaPError
@@ -403,9 +404,12 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
 def make_model() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 16))
+    return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 16)).to(DEVICE)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -427,7 +431,7 @@ def test_every_method_with_every_pattern_and_distribution(method: str, kind: dic
     per_unit = 8 if "block" in kind.get("pattern", "") else 1
     at_target = {w.name: run.selection.by_magnitude([w.name])[w.name].sum().item() for w in run.targets.weights}
     for step in range(total):
-        inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(step)).to(DEVICE)
         (model(inputs) - inputs.flip(1)).square().mean().backward()
         run.mask_gradients()
         assert run.levels == list(run.plan.levels_at(step))
@@ -545,7 +549,7 @@ def test_what_grows_inside_a_phase_starts_with_moments_of_zero(method: str, rese
     grown = 0
     for step in range(40):
         before = {n: m.clone() for n in run.weights if (m := run.masks[n]) is not None}
-        inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(step)).to(DEVICE)
         (model(inputs) - inputs.flip(1)).square().mean().backward()
         run.mask_gradients()
         _check_moments(run, before, optimizer)

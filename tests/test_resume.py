@@ -170,7 +170,7 @@ def test_weights_that_are_saved_under_other_names_are_resumed_too(tmp_path: Path
     config = GaPConfig(sparsity=0.8, num_partitions=2, num_rounds=1)
     whole = moe(tmp_path, config)
     resumed = moe(tmp_path, config, resume=tmp_path / "checkpoint-6")
-    same_tensors(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    assert same_tensors(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
     assert_masked_weights_are_zero(resumed)
     saved = {
         key for path in tmp_path.glob("checkpoint-6/*.safetensors") if "gap" not in path.name for key in load_file(path)
@@ -184,7 +184,7 @@ def test_the_best_model_is_loaded_too_where_it_has_other_names(tmp_path: Path) -
     trainer = moe(tmp_path, config, **best)
     assert trainer.state.best_model_checkpoint is not None
     saved = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
-    same_tensors(dict(saved.state_dict()), dict(trainer.model.state_dict()))
+    assert same_tensors(dict(saved.state_dict()), dict(trainer.model.state_dict()))
 
 
 def test_a_checkpoint_without_some_of_these_weights_is_refused(tmp_path: Path) -> None:

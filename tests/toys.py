@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import (
 
 from gap_hf import GaPConfig, GaPSeq2SeqTrainer, GaPTrainer
 
+# `make test-gpu` sets it: the same tests, with the models on a GPU.
+ON_GPU = os.environ.get("GAP_HF_TEST_DEVICE") == "cuda"
 # The paper's schedule: masks change where a phase begins and nowhere else.
 CONFIG = GaPConfig(sparsity=0.9, num_partitions=2, num_rounds=2, ramp_share=0, prune_share=0)
 
@@ -92,7 +95,7 @@ KINDS = {
 
 
 def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> Any:
-    """Arguments of a short quiet CPU run: 20 optimizer steps unless changed, every one logged, nothing saved."""
+    """Arguments of a short quiet run, on a CPU unless `ON_GPU`: 20 optimizer steps unless changed, every one logged, nothing saved."""
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 20,
@@ -101,7 +104,8 @@ def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": not ON_GPU,
+        "full_determinism": ON_GPU,  # bit for bit, which some of CUDA's kernels are not by themselves
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
@@ -137,7 +141,7 @@ def gap_seq2seq_trainer(folder: Path, *, config: Any = CONFIG, **changes: Any) -
 
 def same_tensors(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """True if two state dicts hold the same tensors bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 
 def assert_masked_weights_are_zero(trainer: Any) -> None:

@@ -17,6 +17,7 @@ def as_text(report: Report) -> str:
     lines = [
         f"{report.model}: {report.task}, {report.sparse_layers} sparse layers",
         f"{report.machine['processor']}, {report.machine['cores']} cores, {report.machine['vectors']}; {versions}",
+        *([f"everything runs on this CPU; {gpu} takes no part"] if (gpu := report.machine.get("unused_gpu")) else []),
         "",
     ]
     layers = [cell for cell in report.shown() if cell.level == LAYERS]

@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = (
         "Time a saved model, in either form, as gap_hf runs it (optimize_for_inference) and as torch, ONNX Runtime and CTranslate2 "
-        "run its dense form. All of them take turns in one process. Each output is compared with torch fp32's first. "
+        "run its dense form, on the CPU. All of them take turns in one process. Each output is compared with torch fp32's first. "
         "A sentence says for each comparison whether there is a gain over the fastest of them."
     )
     parser.add_argument("folder", type=Path, help="a saved model that generates, classifies or encodes")

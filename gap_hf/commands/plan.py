@@ -33,7 +33,7 @@ from transformers import (
 from gap_hf.config import load_yaml
 from gap_hf.errors import GaPError, did_you_mean, first_line
 from gap_hf.pattern_names import parse_pattern
-from gap_hf.planning import format_summary, summarize
+from gap_hf.planning import dtype_of, format_summary, summarize
 from gap_hf.recipe import OVERWRITE, load_recipe, one_line
 
 # A config type that several of these know is built by the first.
@@ -138,7 +138,7 @@ def _step_of(recipe: Any, tokens: int | None, flag: str) -> tuple[tuple[Any, Any
     arguments = TrainingArguments("unused", use_cpu=True, **{key: training[key] for key in keys})
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
     parts = (
-        lambda: build(recipe.model),
+        lambda: build(recipe.model, dtype=dtype_of(recipe.model.get("dtype"), recipe.gap)),
         partial(batch_of, size=training.get("per_device_train_batch_size", 8), tokens=tokens),
         partial(optimizer, **settings),
     )
@@ -159,6 +159,11 @@ def _time(
     try:
         parts, settings = _step_of(recipe, tokens, "--time")
         on_cpu = recipe.training.get("use_cpu", False) or not torch.cuda.is_available()
+        if recipe.gap.sparse_compute and not on_cpu:
+            raise GaPError(
+                "gap.sparse_compute: computes on a CPU, and a step would run on this machine's GPU; expected "
+                "training.use_cpu: true, or sparse_compute: false"
+            )
         timer = StepTimer(
             *parts,
             recipe.gap,
@@ -251,8 +256,8 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
         return build(section)
 
 
-def build(section: Mapping[str, Any]) -> nn.Module:
-    """The model of a recipe's `model` section, with weights as they are before training.
+def build(section: Mapping[str, Any], *, dtype: str = "auto") -> nn.Module:
+    """The model of a recipe's `model` section, with weights as they are before training; a checkpoint's in `dtype`.
 
     Raises:
         GaPError: if the type is unknown or the config cannot be loaded or refuses a value.
@@ -264,6 +269,8 @@ def build(section: Mapping[str, Any]) -> nn.Module:
             config = TimmWrapperConfig(architecture=str(section["timm"]), model_args=section.get("args") or {})
         elif section.get("checkpoint") is not None:
             config = AutoConfig.from_pretrained(str(section["checkpoint"]))
+            if dtype != "auto":
+                config.dtype = getattr(torch, dtype)
         else:
             known = _TRAINED_TOKENIZER | {"vocab_size": section["vocab_size"]} if "vocab_size" in section else {}
             config = AutoConfig.for_model(str(section.get("type")), **{**known, **section.get("config", {})})

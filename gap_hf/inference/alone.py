@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -28,16 +29,35 @@ class AloneProduct(Product):
     def __init__(self, form: CompiledForm, placeholder: nn.Parameter, packed: Packed) -> None:
         super().__init__()
         self.form, self.placeholder, self.packed = form, placeholder, packed
+        self._looked_at: weakref.ref[Tensor] | None = None  # what was in the placeholder's place
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """The layer's output; dense where an input is not finite or gradients are asked for."""
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         if weight is not self.placeholder:  # somebody gave the layer another one
+            self._check_given(weight)
             return layer.dense(x)
         out = None
         if is_allowed(x, weight, bias) and layer.num_tokens(x):
             out = layer.sparse(x, self.form, torch.get_num_threads())
         return nn.functional.linear(x, self.form.matrix(), bias) if out is None else out
+
+    def _check_given(self, weight: Tensor) -> None:
+        is_known = self._looked_at is not None and self._looked_at() is weight
+        if is_known or weight.is_meta or torch.compiler.is_compiling():
+            return
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        try:
+            is_nothing = bool(weight.flatten()[:1].isnan()) and bool(weight.isnan().all())
+        except RuntimeError:  # under torch.func it cannot be looked at
+            return
+        if is_nothing:
+            raise GaPError(
+                "a layer without its dense weight was moved by copying its parameter, as accelerate's dispatch_model does; "
+                "expected model.to(device), or gap_hf.restore(model) before it"
+            )
+        self._looked_at = weakref.ref(weight)
 
     def dense_weight(self, layer: Layer) -> Tensor:
         """The weight as it was, made anew."""
@@ -113,7 +133,7 @@ def give_up(layer: nn.Module) -> None:
         raise GaPError(
             "keep_dense: found False, which needs the kernels that llvmlite compiles; pip install 'gap_hf[inference]'"
         )
-    nothing = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
+    nothing = torch.full((1,), torch.nan, dtype=weight.dtype, device="cpu").expand(weight.shape)
     placeholder = nn.Parameter(nothing, requires_grad=weight.requires_grad)
     packed = Packed(placeholder, 0, None, structure, names={(torch.get_num_threads(), 0): name})
     alone._parameters["weight"] = placeholder

@@ -88,16 +88,16 @@ class StepCall:
         for name, value in self.tensors.items():
             if name == _IDS[self.is_seq2seq]:
                 size = min(model.config.get_text_config(decoder=True).vocab_size, 100)
-                made = torch.randint(0, size, (batch, 1), generator=generator)
+                made = torch.randint(0, size, (batch, 1), generator=generator, device="cpu")
                 axis: dict[int, Any] = {0: Dim.DYNAMIC}
             elif name == "attention_mask" and value.ndim == 2:
-                made = torch.ones(batch, source if self.is_seq2seq else past + 1, dtype=torch.long)
+                made = torch.ones(batch, source if self.is_seq2seq else past + 1, dtype=torch.long, device="cpu")
                 made[0, 0] = 0
                 axis = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
             elif name == "position_ids" and value.shape == (len(self.kwargs[_IDS[self.is_seq2seq]]), 1):
-                made, axis = torch.full((batch, 1), past), {0: Dim.DYNAMIC}
+                made, axis = torch.full((batch, 1), past, device="cpu"), {0: Dim.DYNAMIC}
             elif name == "cache_position" and value.shape == (1,):
-                made, axis = torch.full((1,), past), {}
+                made, axis = torch.full((1,), past, device="cpu"), {}
             else:
                 raise ValueError(f"it is called with {name} of shape {tuple(value.shape)}")
             tensors.append(made.to(value))
@@ -105,7 +105,7 @@ class StepCall:
         kept, own = [], len(self.own())
         for number, value in enumerate(self.past):
             shape = (batch, value.shape[1], past if number < own else source, value.shape[3])
-            kept.append(torch.randn(shape, generator=generator).to(value))
+            kept.append(torch.randn(shape, generator=generator, device="cpu").to(value))
         return (tensors, kept), (axes, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC}] * len(kept))
 
 

@@ -41,8 +41,8 @@ class CompiledForm:
         arrays = [order.starts, order.columns, values] + ([] if order.lengths is None else [order.lengths])
         self.arrays, self.scratch = arrays, kernel.scratch(num_out, num_in)
         sizes = [num_in, num_out, len(order.starts) - 1, self.scratch]
-        self.layer = torch.tensor([*sizes, *(array.data_ptr() for array in arrays)], dtype=torch.int64)
-        self.no_bias = torch.zeros(self.gives)
+        self.layer = torch.tensor([*sizes, *(array.data_ptr() for array in arrays)], dtype=torch.int64, device="cpu")
+        self.no_bias = torch.zeros(self.gives, device="cpu")
         self.shape, self.kernel = shape, kernel
         self._layer_address, self._no_bias_address = self.layer.data_ptr(), self.no_bias.data_ptr()
 
@@ -51,18 +51,18 @@ class CompiledForm:
         num_out, num_in = self.shape
         starts, columns, values, *lengths = self.arrays
         starts, columns = starts.long(), columns.long()
-        group = torch.arange(len(starts) - 1).repeat_interleave(starts.diff())
+        group = torch.arange(len(starts) - 1, device="cpu").repeat_interleave(starts.diff())
         if not lengths:
             width = num_out // (len(starts) - 1)
-            output = group[:, None] * width + torch.arange(width)
+            output = group[:, None] * width + torch.arange(width, device="cpu")
             column = columns[:, None].expand_as(output)
             is_live = torch.ones_like(output, dtype=torch.bool)
         else:
-            output = group[:, None] * _SLICE + torch.arange(_SLICE)
-            rank = torch.arange(len(group)) - starts[group]
+            output = group[:, None] * _SLICE + torch.arange(_SLICE, device="cpu")
+            rank = torch.arange(len(group), device="cpu") - starts[group]
             length = torch.nn.functional.pad(lengths[0], (0, -num_out % _SLICE))
             is_live, column = rank[:, None] < length[output], columns.view(-1, _SLICE)
-        out = torch.zeros(num_out, num_in, dtype=self.dtype)
+        out = torch.zeros(num_out, num_in, dtype=self.dtype, device="cpu")
         out[output[is_live], column[is_live]] = values.view(output.shape)[is_live]
         return out
 
@@ -73,7 +73,7 @@ class CompiledForm:
         y = x.new_empty((*x.shape[:-1], self.gives))
         threads = self.kernel.threads(threads)
         if self.scratch and (tokens > 1 or self.always_scratch):
-            scratch = torch.empty(threads * self.scratch)
+            scratch = torch.empty(threads * self.scratch, device="cpu")
             scratch_address = scratch.data_ptr()
         else:
             scratch_address = None
@@ -136,7 +136,7 @@ def order_of_blocks(live: Tensor, width: int) -> Order:
     """Of blocks of `width` outputs by one input, group by group."""
     num_in, of_group = live.shape[1], live[::width]
     group, column = of_group.nonzero(as_tuple=True)
-    outputs = torch.arange(width) * num_in
+    outputs = torch.arange(width, device=live.device) * num_in
     places = (group * width * num_in + column)[:, None] + outputs
     return Order(_starts(of_group.sum(dim=1)), _narrow(column, live.shape), places.view(-1))
 
@@ -150,9 +150,9 @@ def order_of_singles(live: Tensor) -> Order:
     starts = _starts(padded.view(-1, _SLICE).max(dim=1).values)
     output, column = live.nonzero(as_tuple=True)
     before = lengths.cumsum(dim=0) - lengths
-    rank = torch.arange(len(output)) - before[output]
+    rank = torch.arange(len(output), device=live.device) - before[output]
     at = (starts[output // _SLICE].long() + rank) * _SLICE + output % _SLICE
-    columns = torch.zeros(int(starts[-1]) * _SLICE, dtype=torch.int64)
+    columns = torch.zeros(int(starts[-1]) * _SLICE, dtype=torch.int64, device=live.device)
     places = torch.full_like(columns, -1)
     columns[at], places[at] = column, output * live.shape[1] + column
     return Order(starts, _narrow(columns, live.shape), places, lengths.to(torch.int32))
@@ -229,23 +229,32 @@ def _is_finite(x: Tensor) -> bool:
     return math.isfinite(x.sum(dtype=torch.float32).item())
 
 
+def fits_tensor_cores(weight: Tensor, structure: Structure) -> bool:
+    """Whether an (N, K) weight may run as 2:4 on its GPU: cuSPARSELt takes half precision, in tiles of 16 x 16."""
+    is_half = weight.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
+    return is_half and structure.pattern in ("2:4", "1:4") and all(size % 16 == 0 for size in weight.shape)
+
+
 def two_of_four(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:
-    """2:4 on the tensor cores of a GPU, through torch core's `to_sparse_semi_structured`; None where shape, dtype or GPU do
+    """2:4 on the tensor cores of a GPU, through torch core's `to_sparse_semi_structured`; None where type, shape or GPU do
     not allow it.
     """
-    if weight.device.type != "cuda" or structure.pattern not in ("2:4", "1:4"):
+    if not fits_tensor_cores(weight, structure):
         return None
     from torch.sparse import to_sparse_semi_structured
 
     try:
-        packed = to_sparse_semi_structured((weight * live).contiguous())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor is in prototype")
+            packed = to_sparse_semi_structured((weight * live).contiguous())
     except (RuntimeError, ValueError, NotImplementedError):
         return None
 
     def form(x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
         if not bool(torch.isfinite(x).all()):
             return None
-        return torch.nn.functional.linear(x.view(-1, x.shape[-1]), packed, bias).view(*x.shape[:-1], weight.shape[0])
+        y = torch.nn.functional.linear(x.view(-1, x.shape[-1]), packed, bias)
+        return y.contiguous().view(*x.shape[:-1], weight.shape[0])  # some versions of torch give it column by column
 
     return form
 

@@ -33,7 +33,7 @@ def int8(weight: Tensor, live: Tensor, found: Structure) -> Form | None:
             warnings.simplefilter(
                 "ignore"
             )  # torch 2.14 deprecates tensors of quantised types; without them there is no form
-            zeros = torch.zeros(len(scales), dtype=torch.int64)
+            zeros = torch.zeros(len(scales), dtype=torch.int64, device="cpu")
             packed = torch.ops.quantized.linear_prepack(
                 torch.quantize_per_channel(whole, scales.double(), zeros, 0, torch.qint8), None
             )

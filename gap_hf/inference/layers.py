@@ -157,4 +157,4 @@ def why_not(module: nn.Module) -> str | None:
 
 def _random(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     # With a generator of its own, so that the user's random numbers are not touched.
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0), device="cpu").to(like)

@@ -15,6 +15,7 @@ from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.inference import compiled
 from gap_hf.inference.alone import AloneProduct, can_give_up, give_up, take_back
 from gap_hf.inference.decoding import EXPORTED, DecodesExported, decode_exported, decode_ordinarily
+from gap_hf.inference.forms import fits_tensor_cores
 from gap_hf.inference.int8 import INT8
 from gap_hf.inference.layers import ORDINARY, SPARSE, why_not
 from gap_hf.inference.product import Int8Product, Layer, Packed, Product
@@ -119,14 +120,13 @@ def optimize_for_inference(
     sparsities = {name: _sparsity(module) for name, module in layers.items()}
     chosen = {name: layers[name] for name, share in sparsities.items() if share is not None and share >= MIN_SPARSITY}
     if not chosen:
-        raise GaPError(_nothing_sparse(sparsities))
+        raise GaPError(_nothing_sparse(model, sparsities))
     head = None if output_layer is None else _output_layer(model, output_layer, chosen)
-    compiled.available()  # says now, not in the middle of a generation, if it is not
-    on_gpu: list[str] = []
-    for name, module in chosen.items() if keep_dense else ():
-        packed = _install(module, Product(), token_counts)
-        if packed.weight.device.type != "cpu" and packed.structure.pattern not in ("1:4", "2:4"):
-            on_gpu.append(name)
+    on_gpu = {name: module for name, module in chosen.items() if _device_of(module) != "cpu"}
+    if len(on_gpu) < len(chosen):
+        compiled.available()  # says now, not in the middle of a generation, if it is not
+    for module in chosen.values() if keep_dense else ():
+        _install(module, Product(), token_counts)
     if not keep_dense:
         _keep_live(model, list(chosen.values()), token_counts)
     if head is not None:
@@ -134,14 +134,27 @@ def optimize_for_inference(
     decode_ordinarily(model)
     if decode_step is not None:
         decode_exported(model)
-    if on_gpu:
+    if stay := [name for name, module in on_gpu.items() if not _runs_on_gpu(module)]:
         logger.warning(
-            "%d sparse layers stay dense on their GPU, the first is '%s': only 2:4 runs faster there",
-            len(on_gpu),
-            on_gpu[0],
+            "%d sparse layers stay dense on their GPU, the first is '%s': only 2:4 in fp16 or bf16, with sizes divisible by 16, "
+            "can run sparse there",
+            len(stay),
+            stay[0],
         )
     logger.info("%d of %d layers may run sparse", len(chosen), len(layers))
     return model
+
+
+def _device_of(module: nn.Module) -> str:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.device.type
+
+
+def _runs_on_gpu(module: nn.Module) -> bool:
+    packed = cast(Product, module.gap_product).packed
+    assert packed is not None
+    return fits_tensor_cores(cast(Layer, module).matrix(packed.weight.detach()), packed.structure)
 
 
 def _install(module: nn.Module, product: Product, token_counts: Sequence[int]) -> Packed:
@@ -182,6 +195,10 @@ def _output_layer(model: nn.Module, how: str, chosen: dict[str, nn.Module]) -> n
         )
     if any(head is module for module in chosen.values()):
         raise GaPError("output_layer: the output layer is sparse and runs so; expected None")
+    if _device_of(head) != "cpu":
+        raise GaPError(
+            f"output_layer: '{INT8}' is computed on a CPU, found a model on '{_device_of(head)}'; expected None"
+        )
     return head
 
 
@@ -203,13 +220,17 @@ def restore(model: _Model) -> _Model:
 
 
 def inference_report(model: nn.Module) -> list[LayerReport]:
-    """What `optimize_for_inference` made of each layer, and which forms were chosen until now; empty for an ordinary model."""
+    """What `optimize_for_inference` made of each layer, and which forms were chosen until now; empty for an ordinary model.
+    Layers whose weights are offloaded are left out.
+    """
     found = []
     for name, module in model.named_modules():
         if type(module) not in ORDINARY:
             continue
-        layer = cast(Layer, module)
-        packed: Packed = cast(Product, module.gap_product).packed or cast(Product, module.gap_product).pack(layer)
+        layer, product = cast(Layer, module), cast(Product, module.gap_product)
+        if product.packed is None and product.is_lent:
+            continue
+        packed: Packed = product.packed or product.pack(layer)
         num_out, num_in = layer.matrix(packed.weight.detach()).shape
         forms = {(threads, 2**range_): form for (threads, range_), form in sorted(packed.names.items())}
         sparsity = 1 - packed.structure.density
@@ -219,14 +240,18 @@ def inference_report(model: nn.Module) -> list[LayerReport]:
 
 def _ordinary_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that a layer has or had, None for what is not ours to change."""
-    cls = ORDINARY.get(type(module), type(module))
+    # Somebody, such as accelerate's hooks, may have replaced the forward of this one module.
+    if not _could_be_ours(module) or "forward" in vars(module) or _device_of(module) == "meta":
+        return None
+    return ORDINARY.get(type(module), type(module))
+
+
+def _could_be_ours(module: nn.Module) -> bool:
+    """Whether a layer's class, weight and settings are of a kind that may run sparse."""
     weight = module._parameters.get("weight")
-    if cls not in SPARSE or weight is None or type(weight.data) is not Tensor or weight.device.type == "meta":
-        return None
-    # Somebody, such as accelerate's hooks, has replaced the forward of this one module.
-    if "forward" in vars(module) or why_not(module) is not None:
-        return None
-    return cls if weight.is_floating_point() and weight.numel() >= MIN_WEIGHTS else None
+    if ORDINARY.get(type(module), type(module)) not in SPARSE or weight is None or type(weight.data) is not Tensor:
+        return False
+    return why_not(module) is None and weight.is_floating_point() and weight.numel() >= MIN_WEIGHTS
 
 
 def _sparsity(module: nn.Module) -> float | None:
@@ -260,8 +285,14 @@ def _of_masks(layers: dict[str, nn.Module], masks: MasksByName) -> dict[str, nn.
     return found
 
 
-def _nothing_sparse(sparsities: dict[str, float | None]) -> str:
+def _nothing_sparse(model: nn.Module, sparsities: dict[str, float | None]) -> str:
     known = {name: share for name, share in sparsities.items() if share is not None}
+    hooked = [name for name, module in model.named_modules() if "forward" in vars(module) and _could_be_ours(module)]
+    if not known and hooked:
+        return (
+            f"every layer that could run sparse has a forward of its own, as accelerate's hooks give it, '{hooked[0]}' is the first; "
+            "expected a model without them, on one device"
+        )
     if not known:
         return f"the model has no Linear, Conv1D or Conv2d of at least {MIN_WEIGHTS} weights that could run sparse"
     name = max(known, key=lambda n: known[n])

@@ -25,6 +25,7 @@ _lock = threading.RLock()  # one measurement at a time, or they would measure ea
 _told: set[str] = set()
 ALONE = " on 1 thread"
 _MAX_BOUND = 64  # shapes of one layer
+_LAUNCHES = 10  # of a GPU at a time, to measure
 
 
 class Layer(Protocol):
@@ -104,6 +105,8 @@ def _version(weight: Tensor) -> int | None:
 class Product:
     """Stands in a layer for its dense product."""
 
+    is_lent = False
+
     def __init__(self) -> None:
         self.packed: Packed | None = None
 
@@ -119,6 +122,8 @@ class Product:
         if tokens == 0:
             return layer.dense(x)
         if packed is None or not packed.is_of(weight):
+            if self._is_lent(layer, weight):
+                return layer.dense(x)
             packed = self.pack(layer)
         threads = torch.get_num_threads()
         try:
@@ -127,6 +132,15 @@ class Product:
             form = packed.at[threads, tokens] = self.choose(layer, packed, x, threads, range_of(tokens))
         out = None if form is None else layer.sparse(x, form, threads)
         return layer.dense(x) if out is None else out
+
+    def _is_lent(self, layer: Layer, weight: Tensor) -> bool:
+        """Whether accelerate's hooks, which came after us, bring the weight for each call. Then nothing of it is to be kept."""
+        if "forward" not in vars(layer):
+            self.is_lent = False
+        elif self.packed is not None and self.packed.weight is not weight:
+            self.packed, self.is_lent = None, True
+            _tell_once("Weights of layers that are optimized for inference are offloaded, so these layers run dense")
+        return self.is_lent
 
     def pack(self, layer: Layer) -> Packed:
         """Look at the weight, for the first time or because it has changed."""
@@ -154,8 +168,10 @@ class Product:
             name = MEMORY.get(key, names)
             if name is None:
                 forms = {name: form for name in names if (form := packed.form(name, matrix)) is not None}
-                name = fastest([_runs(layer, forms, sample, threads) for sample in layer.samples(x, range_)])
-                MEMORY.set(key, name)
+                name = DENSE
+                if forms:  # otherwise there is nothing to measure, nor to remember
+                    name = fastest([_runs(layer, forms, sample, threads) for sample in layer.samples(x, range_)])
+                    MEMORY.set(key, name)
             form = None if name == DENSE else packed.form(name, matrix)
             packed.names[threads, range_] = DENSE if form is None else name
             packed.chosen[threads, range_] = form
@@ -229,20 +245,33 @@ def is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
         return False
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    # A CUDA graph takes no check of the input's values.
+    is_traced = is_traced or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     return not (is_traced or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type))
 
 
 def _runs(layer: Layer, forms: dict[str, Form], x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
     """What to time, by name. A sparse run has the checks in it that come with every call."""
     bias, weight = layer._parameters["bias"], layer._parameters["weight"]
-    wait = torch.cuda.synchronize if x.device.type == "cuda" else int
 
     def timed(form: Form | None) -> Callable[[], object]:
-        if form is None:
-            return lambda: (layer.dense(x), wait())
-        return lambda: (is_allowed(x, weight, bias), layer.sparse(x, form, threads), wait())
+        def run() -> None:
+            if form is None:
+                layer.dense(x)
+            else:
+                is_allowed(x, weight, bias)
+                layer.sparse(x, form, threads)
+
+        return partial(_launched, run) if x.is_cuda else run
 
     return {DENSE: timed(None), **{name: timed(form) for name, form in forms.items()}}
+
+
+def _launched(run: Callable[[], object]) -> None:
+    # Several in a row, as a model launches them: the check of the input's values waits for the GPU, and dense does not.
+    for _ in range(_LAUNCHES):
+        run()
+    torch.cuda.synchronize()
 
 
 def _key(layer: Layer, structure: Structure, matrix: Tensor, names: tuple[str, ...], threads: int, range_: int) -> str:

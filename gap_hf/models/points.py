@@ -77,7 +77,7 @@ def ball_neighbours(points: Tensor, centroids: Tensor, radius: float, num: int) 
 def nearest_neighbours(points: Tensor, queries: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Distances (B, S, K) and indices of the K nearest of `points` (B, N, 3) to `queries` (B, S, 3), nearest first.
 
-    K is `num`, or N where there are fewer.
+    K is `num`, or N where there are fewer. Which of equally near ones come is up to torch.
     """
     near = distances(queries, points).topk(min(num, points.shape[1]), largest=False, sorted=True)
     return near.values, near.indices

@@ -184,8 +184,7 @@ class SSDForObjectDetection(PreTrainedModel):
         features = list(self.ssd.backbone(pixel_values).values())
         # Boxes are found to fractions of a pixel, so everything after the convolutions is in float32.
         head = {name: value.float() for name, value in self.ssd.head(features).items()}
-        images = ImageList(pixel_values, [(height, width)] * len(pixel_values))
-        anchors = [boxes.float() for boxes in self.ssd.anchor_generator(images, features)]
+        anchors = self._anchors(pixel_values, features)
         offsets = head["bbox_regression"]
         decoded = self.ssd.box_coder.decode_single(offsets.flatten(0, 1), torch.cat(anchors)).view_as(offsets)
         scale = decoded.new_tensor([width, height, width, height])
@@ -199,6 +198,14 @@ class SSDForObjectDetection(PreTrainedModel):
         )
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
+
+    def _anchors(self, pixel_values: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+        """Default boxes of each image, (boxes, 4) in pixels: the same ones, which torchvision works out for one."""
+        # Of the features it takes sizes and type, and in half precision centres would be off by half a pixel.
+        sizes = [pixel_values.new_empty((1, 1, *feature.shape[-2:]), dtype=torch.float32) for feature in features]
+        height, width = pixel_values.shape[-2:]
+        boxes = self.ssd.anchor_generator(ImageList(pixel_values[:1], [(height, width)]), sizes)[0]
+        return [boxes.float()] * len(pixel_values)
 
     def _losses(
         self, labels: Sequence[dict[str, Tensor]], head: dict[str, Tensor], anchors: list[Tensor], scale: Tensor

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _images import edges_of, norm_of
+from _run import check_dtype
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -37,6 +38,8 @@ class ModelSection:
     Attributes:
         checkpoint: A name on the Hub or a folder. If its classes include all of the data's it keeps its class head,
             else it gets a new one.
+        dtype: In which a checkpoint's weights are trained: float32, bfloat16, float16, or auto for what they were saved in. None is
+            float32, and auto with `gap.master_weights`.
         type: gap_hf_ssd, or a transformers detection model: detr, rt_detr, yolos, deformable_detr and others.
         config: Keys of that type's config. `num_labels` may be left out; if it is there it has to be the data's.
         weights, weights_backbone: Of gap_hf_ssd: names of torchvision's weights to start from, such as COCO_V1 for
@@ -49,6 +52,7 @@ class ModelSection:
     """
 
     checkpoint: str | Path | None = None
+    dtype: str | None = None
     type: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
@@ -61,6 +65,7 @@ class ModelSection:
         if (self.checkpoint is None) == (self.type is None):
             found = "neither" if self.type is None else "both"
             raise GaPError(f"model.type: found {found} of type and checkpoint, expected one of the two")
+        check_dtype(self.dtype, self.checkpoint)
         if self.checkpoint is not None and self.config:
             raise GaPError("model.config: contradicts model.checkpoint, which has its own; expected model.type with it")
         if self.type is not None and self.type not in KNOWN:
@@ -87,14 +92,16 @@ class ModelSection:
                     raise GaPError(f"model.config.{name}: unknown key{did_you_mean(name, valid)}")
 
 
-def load_model(section: ModelSection, names: Sequence[str]) -> tuple[PreTrainedModel, list[int], ImageFormat]:
+def load_model(
+    section: ModelSection, names: Sequence[str], *, dtype: str = "float32"
+) -> tuple[PreTrainedModel, list[int], ImageFormat]:
     """The recipe's model, its index of each class of the data, and how it takes images.
 
     Raises:
         GaPError: if it cannot be loaded or built, or does not fit the classes.
     """
     if section.checkpoint is not None:
-        model, classes = _from_checkpoint(section.checkpoint, names)
+        model, classes = _from_checkpoint(section.checkpoint, names, dtype)
     else:
         model, classes = _from_scratch(section, names)
     return model, classes, _image_format(section, model.config)
@@ -123,14 +130,17 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
-def _from_checkpoint(checkpoint: str | Path, names: Sequence[str]) -> tuple[PreTrainedModel, list[int]]:
+def _from_checkpoint(checkpoint: str | Path, names: Sequence[str], dtype: str) -> tuple[PreTrainedModel, list[int]]:
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         known = {str(name): int(i) for i, name in (config.id2label or {}).items()}
         if set(names) <= known.keys():
-            return AutoModelForObjectDetection.from_pretrained(checkpoint, config=config), [known[n] for n in names]
+            model = AutoModelForObjectDetection.from_pretrained(checkpoint, config=config, dtype=dtype)
+            return model, [known[n] for n in names]
         # The class head, and whatever else depends on the number of classes, has other shapes then.
-        model = AutoModelForObjectDetection.from_pretrained(checkpoint, ignore_mismatched_sizes=True, **_labels(names))
+        model = AutoModelForObjectDetection.from_pretrained(
+            checkpoint, ignore_mismatched_sizes=True, dtype=dtype, **_labels(names)
+        )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise GaPError(f"model.checkpoint: could not load {checkpoint}: {one_line(error)}") from None
     return model, list(range(len(names)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _run import check_dtype
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -33,6 +34,8 @@ class ModelSection:
         tokenizer: A name on the Hub or a folder; None takes the checkpoint's, or trains one on the training pairs.
         vocab_size: Size of a trained tokenizer's joint vocabulary.
         generation: Keys of GenerationConfig, such as length_penalty. They are saved with the model.
+        dtype: In which a checkpoint's weights are trained: float32, bfloat16, float16, or auto for what they were saved in. None is
+            float32, and auto with `gap.master_weights`.
         source_code, target_code: Language codes of many-to-many models, such as en_XX and de_DE for mBART.
     """
 
@@ -42,6 +45,7 @@ class ModelSection:
     tokenizer: str | Path | None = None
     vocab_size: int = 8000
     generation: dict[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
     source_code: str | None = None
     target_code: str | None = None
 
@@ -51,6 +55,7 @@ class ModelSection:
             raise GaPError(f"model.type: found {found} of type and checkpoint, expected one of the two")
         if self.checkpoint is not None and self.config:
             raise GaPError("model.config: contradicts model.checkpoint, which has its own; expected model.type with it")
+        check_dtype(self.dtype, self.checkpoint)
         known = list(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
         if self.type is not None and self.type not in known:
             raise GaPError(
@@ -99,15 +104,17 @@ def load_tokenizer(
         raise GaPError(f"model.{key}: could not load a tokenizer from {name}: {one_line(error)}") from None
 
 
-def load_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> PreTrainedModel:
-    """The recipe's model, with the generation settings it is to be saved with.
+def load_model(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, *, max_length: int, dtype: str = "float32"
+) -> PreTrainedModel:
+    """The recipe's model, with the generation settings it is to be saved with. `dtype` is a checkpoint's.
 
     Raises:
         GaPError: if it cannot be loaded or built.
     """
     if section.checkpoint is not None:
         try:
-            model = AutoModelForSeq2SeqLM.from_pretrained(section.checkpoint)
+            model = AutoModelForSeq2SeqLM.from_pretrained(section.checkpoint, dtype=dtype)
         except (OSError, ValueError, ImportError) as error:
             raise GaPError(f"model.checkpoint: could not load {section.checkpoint}: {one_line(error)}") from None
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:

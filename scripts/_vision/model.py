@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from _images import edges_of, norm_of
+from _run import check_dtype
 from timm.data.transforms_factory import create_transform
 from timm.optim import (
     create_optimizer_v2,  # pyright: ignore[reportPrivateImportUsage]
@@ -43,6 +44,8 @@ class ModelSection:
         args: Keyword arguments for timm's constructor, such as drop_path_rate; classes and channels come from the data.
         checkpoint: A name on the Hub, such as timm/resnet50.a1_in1k, or a folder. Its head is made anew where the number of classes
             is another one. Images are prepared as it says, where `data` does not say otherwise.
+        dtype: In which a checkpoint's weights are trained: float32, bfloat16, float16, or auto for what they were saved in. None is
+            float32, and auto with `gap.master_weights`.
         optimizer: One of timm's, by name, such as lamb, in place of `training.optim`; rate and weight decay are those of `training`, and
             norms and biases have no decay.
         optimizer_args: For it, such as momentum.
@@ -58,6 +61,7 @@ class ModelSection:
     timm: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | Path | None = None
+    dtype: str | None = None
     optimizer: str | None = None
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     schedule: str | None = None
@@ -66,6 +70,7 @@ class ModelSection:
     recalibrate_batchnorm: int = 0
 
     def __post_init__(self) -> None:
+        check_dtype(self.dtype, self.checkpoint)
         if (self.checkpoint is None) == (self.timm is None):
             found = "neither" if self.timm is None else "both"
             raise GaPError(f"model.timm: found {found} of timm and checkpoint, expected one of the two")
@@ -172,7 +177,9 @@ def of_processor(processor: Any) -> dict[str, Any]:
     return {**out, "size": size, "crop_share": share}
 
 
-def load_model(section: ModelSection, classes: Sequence[str], form: ImageFormat) -> tuple[PreTrainedModel, Any]:
+def load_model(
+    section: ModelSection, classes: Sequence[str], form: ImageFormat, *, dtype: str = "float32"
+) -> tuple[PreTrainedModel, Any]:
     """Build or load it. What `form` says is kept with it, so that pipelines prepare images as they were here.
 
     Returns:
@@ -189,7 +196,7 @@ def load_model(section: ModelSection, classes: Sequence[str], form: ImageFormat)
     try:
         if section.checkpoint is not None:
             model = AutoModelForImageClassification.from_pretrained(
-                section.checkpoint, ignore_mismatched_sizes=True, **labels
+                section.checkpoint, ignore_mismatched_sizes=True, dtype=dtype, **labels
             )
         else:
             assert section.timm is not None
