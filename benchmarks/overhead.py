@@ -46,6 +46,7 @@ from gap_hf.recipe import load_recipe  # noqa: E402
 from gap_hf.sparsifier import Sparsifier  # noqa: E402
 
 WARM_UP = 10
+ALONE = tuple(m for m in METHODS if m not in ("dense", "parallel"))  # P-GaP takes several processes
 
 
 class Turns(TrainerCallback):
@@ -69,7 +70,7 @@ SQUEEZED: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/translation/demo-dense.yaml")
-    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != "dense"], choices=METHODS[1:])
+    parser.add_argument("--methods", nargs="+", default=list(ALONE), choices=ALONE)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=200, help="counted steps of each run")
     parser.add_argument("--threads", type=int, default=1, help="as the demo has them: accelerate launch sets one")

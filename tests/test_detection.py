@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -688,6 +689,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: dict[s
     assert results["scored"] == "dev" and "on 3 dev images" in out
     half, _, _ = load_model(ModelSection(checkpoint=tmp_path / "run"), ["bar", "square"], dtype="bfloat16")
     assert half.dtype is torch.bfloat16
+    shutil.copytree(tmp_path / "run", tmp_path / "half")  # with its image processor
     half.save_pretrained(tmp_path / "half")
     assert load_model(ModelSection(checkpoint=tmp_path / "half"), ["bar", "square"])[0].dtype is torch.float32
     loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
