@@ -88,7 +88,6 @@ def main() -> None:
         trainers = [make(None, total)]
         trainers += [make(config.replace(**SQUEEZED.get(m, {})), total) for m, config in configs.items()]
         spent = instrument()
-        on_gpu = trainers[0].args.device.type == "cuda"
         seconds = run_in_turns(trainers, total)
 
     dense = seconds[:, 0]
@@ -109,7 +108,7 @@ def main() -> None:
         "trainer_ms": 1e3 * float(np.median(dense)),
         "methods": methods,
         "threads": torch.get_num_threads(),
-        "machine": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_initialized() else platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +172,6 @@ def trainer_maker(recipe_path: Path, quiet: list[str]) -> tuple[Callable[[GaPCon
 
 def run_in_turns(trainers: list[Any], total: int) -> np.ndarray:
     """Seconds of each step (rows) of each trainer (columns)."""
-    on_gpu = trainers[0].args.device.type == "cuda"
     runs = [greenlet.greenlet(t.train) for t in trainers]
     for run in runs:
         run.switch()  # up to the start of the first step
@@ -183,10 +181,15 @@ def run_in_turns(trainers: list[Any], total: int) -> np.ndarray:
             i = (step + turn) % len(runs)
             begin = time.perf_counter()
             runs[i].switch()
-            if on_gpu:
-                torch.cuda.synchronize()
+            wait_for_gpu()
             seconds[step, i] = time.perf_counter() - begin
     return seconds  # the last turn also contains the end of training
+
+
+def wait_for_gpu() -> None:
+    """Until a GPU, if this run is on one, has done all it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def instrument() -> dict[int, dict[str, list[float]]]:
@@ -194,8 +197,9 @@ def instrument() -> dict[int, dict[str, list[float]]]:
     spent: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        wait = wait_for_gpu if name == "_apply" else lambda: None
+
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            wait = torch.cuda.synchronize if name == "_apply" and torch.cuda.is_initialized() else lambda: None
             wait()
             begin = time.perf_counter()
             try:

@@ -141,7 +141,6 @@ class _SizedMasks(Masks):
         self.live_of = {params[name]: count for name, count in live.items()}
         for name, param in self.params.items():
             self._masks[name] = torch.empty_like(param, dtype=torch.uint8, requires_grad=False)
-        self._sparse = [(self.params[name], mask) for name, mask in self._masks.items() if mask is not None]
 
 
 class _Sized(LiveState):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -159,9 +160,14 @@ def _check_sparse_compute(args: TrainingArguments) -> None:
                 f"gap.sparse_compute: its products are in fp32 and not compiled by torch, found training.{key}: true; expected "
                 f"{key}: false, or sparse_compute: false"
             )
-    if args.device.type != "cpu":
+    check_sparse_compute_device(args.device)
+
+
+def check_sparse_compute_device(device: torch.device) -> None:
+    """Refuse `sparse_compute` anywhere but on a CPU. Raises GaPError."""
+    if device.type != "cpu":
         raise GaPError(
-            f"gap.sparse_compute: computes on a CPU, found device '{args.device}'; expected use_cpu: true, or sparse_compute: false"
+            f"gap.sparse_compute: computes on a CPU, found device '{device}'; expected use_cpu: true, or sparse_compute: false"
         )
 
 

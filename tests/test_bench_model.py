@@ -110,8 +110,7 @@ def test_the_json(report: dict[str, Any]) -> None:
         for row in rows.values():
             assert 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"]
             if cell["level"] == GENERATE:
-                # A part of the whole, but timed in other calls, and the machine has other work.
-                assert 0 < row["first_ms"] < 3 * row["ms"]["high"] and row["token_ms"] is not None
+                assert 0 < row["first_ms"] < row["ms"]["high"] and row["token_ms"] is not None
     assert len(report["verdict"]) == len(whole) + 4
     assert all("as fast as" in sentence for sentence in report["verdict"])
 

@@ -159,7 +159,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"errors", "inference", "targets", "caches"},
     "resuming": {"errors", "folder_files", "shards"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
-    "commands": _CORE | _FILES | _FOLDERS | _STORED | {"trainer", "commands", "models", "memory", "step_times"},
+    "commands": _CORE
+    | _FILES
+    | _FOLDERS
+    | _STORED
+    | {"trainer", "commands", "models", "memory", "refusals", "step_times"},
     "cli": {"errors", "commands"},
 }
 # Nothing here may need torch: a recipe is checked and planned before anything heavy is loaded.

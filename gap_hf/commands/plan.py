@@ -35,6 +35,7 @@ from gap_hf.errors import GaPError, did_you_mean, first_line
 from gap_hf.pattern_names import parse_pattern
 from gap_hf.planning import dtype_of, format_summary, summarize
 from gap_hf.recipe import OVERWRITE, load_recipe, one_line
+from gap_hf.refusals import check_sparse_compute_device
 
 # A config type that several of these know is built by the first.
 _AUTO_CLASSES = (
@@ -159,18 +160,16 @@ def _time(
     try:
         parts, settings = _step_of(recipe, tokens, "--time")
         on_cpu = recipe.training.get("use_cpu", False) or not torch.cuda.is_available()
-        if recipe.gap.sparse_compute and not on_cpu:
-            raise GaPError(
-                "gap.sparse_compute: computes on a CPU, and a step would run on this machine's GPU; expected "
-                "training.use_cpu: true, or sparse_compute: false"
-            )
+        device = "cpu" if on_cpu else "cuda"
+        if recipe.gap.sparse_compute:
+            check_sparse_compute_device(torch.device(device))
         timer = StepTimer(
             *parts,
             recipe.gap,
             total_steps=total_steps,
             steps_per_epoch=per_epoch,
             accumulation=recipe.training.get("gradient_accumulation_steps", 1),
-            device="cpu" if on_cpu else "cuda",
+            device=device,
             **settings,
         )
         dense = timer.dense()  # what cannot be measured is refused here

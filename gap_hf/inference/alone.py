@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from gap_hf.errors import GaPError
 from gap_hf.inference.forms import FORMS, CompiledForm, candidates
 from gap_hf.inference.layers import ORDINARY, CopiesAreOrdinary, SparseConv1D, SparseLinear
-from gap_hf.inference.product import Layer, Packed, Product, is_allowed
+from gap_hf.inference.product import Layer, Packed, Product, is_allowed, is_recorded
 from gap_hf.inference.zeros import structure_of
 
 
@@ -44,9 +44,7 @@ class AloneProduct(Product):
 
     def _check_given(self, weight: Tensor) -> None:
         is_known = self._looked_at is not None and self._looked_at() is weight
-        if is_known or weight.is_meta or torch.compiler.is_compiling():
-            return
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_known or weight.is_meta or is_recorded(weight):
             return
         try:
             is_nothing = bool(weight.flatten()[:1].isnan()) and bool(weight.isnan().all())

@@ -233,6 +233,11 @@ def _names(structure: Structure, matrix: Tensor, threads: int) -> tuple[str, ...
     return names + tuple(name + ALONE for name in names if threads > 1 and name in COMPILED)
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Whether operations are written down, by torch.compile or a CUDA graph, so that no value may be looked at."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether anything but dense may run: no gradients, no autocast, nothing that records operations."""
     if type(x) is not Tensor or x.dtype is not weight.dtype or x.device != weight.device or not x.numel():
@@ -244,9 +249,7 @@ def is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             "Gradients are on, so layers that are optimized for inference run dense; expected torch.inference_mode()"
         )
         return False
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    # A CUDA graph takes no check of the input's values.
-    is_traced = is_traced or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    is_traced = is_recorded(x) or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return not (is_traced or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type))
 
 
