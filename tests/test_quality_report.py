@@ -104,7 +104,7 @@ def made_up(cell: Cell, references: list[str], *, loss: float = 2.0) -> dict[str
 
 
 def test_the_report_of_results_some_of_which_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_tier(tmp_path)
+    path = write_tier(tmp_path, hardware="a slide rule")
     tier, results, output = load_tier(path), tmp_path / "results", tmp_path / "docs"
     words = [str(path), "--results", str(results), "--output", str(output)]
     assert report.main(words) == 2
@@ -124,7 +124,7 @@ def test_the_report_of_results_some_of_which_are_missing(tmp_path: Path, capsys:
         "## 2 × the steps",
         "## 2of4",
         "| gmp-1 | gap.fine_tune_share 0.4 | lowest so far | 2.0000 |",
-        "0.9 CPU",
+        "0.9 CPU hours of training (1 thread a run) on a slide rule. ",
     ):
         assert part in text, text
     data = json.loads((output / "toy.json").read_text())

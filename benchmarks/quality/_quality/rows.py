@@ -56,6 +56,7 @@ def build(tier: Tier, results: Path, *, resamples: int = RESAMPLES) -> dict[str,
     return {
         "tier": tier.name,
         "title": tier.title,
+        "hardware": tier.hardware,
         "recipe": tier.recipe,
         "sentences": first["scored_pairs"],
         "signatures": first["signatures"],

@@ -83,9 +83,10 @@ def _caption(report: dict[str, Any]) -> str:
     training, boot = report["training"], report["bootstrap"]
     which = "the best on dev" if training["load_best_model_at_end"] else "the last ones"
     code = len(report["code_sha256"])
+    hardware = f" on {report['hardware']}" if report["hardware"] else ""
     return (
         f"{report['finished']} of {report['planned']} runs, {report['cpu_hours']:.1f} CPU hours of training "
-        f"({report['threads']} thread{'s' if report['threads'] > 1 else ''} a run). All runs of a table have the same "
+        f"({report['threads']} thread{'s' if report['threads'] > 1 else ''} a run){hardware}. All runs of a table have the same "
         f"number of optimizer steps, dense too. BLEU and chrF: mean over seeds (± sample standard deviation) on "
         f"{report['sentences']:,} test sentences, {training['generation_num_beams'] or 1} beams, {report['signatures']['bleu']}; "
         f"the weights are {which}, and the test set is translated once per run, at its end. dev BLEU: the last "

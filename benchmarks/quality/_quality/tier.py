@@ -14,7 +14,7 @@ from gap_hf.errors import GaPError, did_you_mean, nearest
 from gap_hf.recipe import SECTIONS
 
 TIER_KEYS = (
-    *("recipe", "title", "sparsities", "seeds", "threads", "jobs", "steps_per_epoch"),
+    *("recipe", "title", "hardware", "sparsities", "seeds", "threads", "jobs", "steps_per_epoch"),
     *("methods", "extras", "tune", *SECTIONS),
 )
 METHOD_KEYS = ("label", "paper", "sparsities", "chosen", *SECTIONS)
@@ -40,6 +40,7 @@ class Method:
 class Tier:
     name: str
     title: str
+    hardware: str | None  # where its results were made, for the caption of its tables
     recipe: str
     seeds: list[int]
     threads: int
@@ -102,6 +103,7 @@ def load_tier(path: Path) -> Tier:
     return Tier(
         name=path.stem,
         title=str(found.get("title", path.stem)),
+        hardware=None if found.get("hardware") is None else str(found["hardware"]),
         recipe=recipe,
         seeds=seeds,
         threads=_count("threads", found.get("threads", 1)),
