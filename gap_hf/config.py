@@ -95,6 +95,8 @@ class GaPConfig:
         lr_schedule: ``whole`` (one schedule over the run) or ``restart`` (one per phase, as the authors).
         lr_peaks: With ``restart``, the peak over the phases: ``constant``, ``linear``, ``cosine`` or ``step``
             (halved each round). The fine-tune always starts from the full peak.
+        lr_density_power: Between 0 and 1: step a sparse tensor with the learning rate times ``density ** -lr_density_power``
+            (`gap_hf.density_rates`). None: with the learning rate.
         include: Globs over module or parameter paths, or names of module types. Empty means every Linear,
             Conv1D (GPT-2's), convolution and expert weight inside the transformer blocks or network stages.
         exclude: The same, taken away from what `include` found.
@@ -137,6 +139,7 @@ class GaPConfig:
     optimizer_reset: str = "changed"
     lr_schedule: str = "whole"
     lr_peaks: str = "constant"
+    lr_density_power: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, float], ...] = ()
@@ -170,6 +173,7 @@ class GaPConfig:
         for name in ("ramp_share", "prune_share"):
             check_number(name, getattr(self, name), 0, 1, closed_low=True, closed_high=True)
         check_number("sparsity", self.sparsity, 0, 1)
+        check_number("lr_density_power", self.lr_density_power, 0, 1, closed_low=True, closed_high=True)
         if not isinstance(self.pattern, str):
             raise GaPError(f"gap.pattern: found {self.pattern!r}, expected a string such as '2:4' (quoted in YAML)")
         if self.pattern == "cpu":

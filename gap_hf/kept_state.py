@@ -1,10 +1,11 @@
-"""Which form of an optimizer's state a config wants."""
+"""What a config wants of an optimizer: the form of its state, and rates by density."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from gap_hf.config import GaPConfig
+from gap_hf.density_rates import set_rates
 from gap_hf.live_state import PREFIX, LiveState, release
 from gap_hf.masks import Masks
 from gap_hf.master_weights import MasterState
@@ -20,6 +21,9 @@ def own_state(optimizer: Any, config: GaPConfig, masks: Masks) -> Any:
     if optimizer is None or isinstance(optimizer, OwnState):
         return optimizer
     release(optimizer)
+    set_rates(
+        unwrap(optimizer), masks, config.lr_density_power
+    )  # before live state: its hooks see the groups that these make
     if not config.live_state:
         return optimizer
     return _kind(masters=config.master_weights)(optimizer, masks)

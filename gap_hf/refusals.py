@@ -118,8 +118,8 @@ def check_deepspeed(deepspeed: Mapping[str, Any], config: GaPConfig, *, mixed_pr
     """What cannot work under DeepSpeed, by its own config as it was given and accelerate's precision, which completes it.
 
     Raises:
-        GaPError: for stages but 1 and 2, fp16, offloading, replicas, growth by gradient, restarted rates, and other resets
-            than ``changed``.
+        GaPError: for stages but 1 and 2, fp16, offloading, replicas, growth by gradient, restarted rates, rates by density, and
+            other resets than ``changed``.
     """
     zero = deepspeed.get("zero_optimization", {})
     if (stage := zero.get("stage", 0)) not in (1, 2):
@@ -145,6 +145,11 @@ def check_deepspeed(deepspeed: Mapping[str, Any], config: GaPConfig, *, mixed_pr
     if config.lr_schedule == "restart":
         raise GaPError(
             "gap.lr_schedule: 'restart' was not tested with DeepSpeed's own scheduling; expected whole, or use DDP"
+        )
+    if config.lr_density_power is not None:
+        raise GaPError(
+            f"gap.lr_density_power: found {config.lr_density_power:g}, but DeepSpeed steps many tensors as one vector with one rate; "
+            "expected null, or use DDP"
         )
     if config.optimizer_reset != "changed":
         raise GaPError(

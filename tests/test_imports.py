@@ -24,7 +24,7 @@ _CORE = (
     | _TARGETS
     | {"partition"}
     | _MASKS
-    | {"kept_state", "live_state", "allocation", "change", "selection", "sparsifier"}
+    | {"kept_state", "density_rates", "live_state", "allocation", "change", "selection", "sparsifier"}
     | _REPLICAS
 )
 _STORED = {"stored_model", "inspection", "comparison", "tables"}
@@ -72,7 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "elementwise": {"errors"},
     "live_state": _PURE | {"elementwise", "masks", "optimizer_state"},
     "master_weights": {"live_state", "masks"},
-    "kept_state": _PURE | {"live_state", "master_weights", "masks", "optimizer_state"},
+    "density_rates": {"errors", "masks"},
+    "kept_state": _PURE | {"density_rates", "live_state", "master_weights", "masks", "optimizer_state"},
     "packed_gradients": {"errors", "live_state"},
     "sparse_products": {"inference"},
     "sparse_layers": {"errors", "inference", "sparse_products"},

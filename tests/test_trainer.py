@@ -654,6 +654,11 @@ def test_of_what_shards_weights_fsdp2_is_accepted(
             "optimizer_reset: found 'all', expected changed",
         ),
         ({"zero_optimization": {"stage": 1}}, {"lr_schedule": "restart"}, "'restart' was not tested .* expected whole"),
+        (
+            {"zero_optimization": {"stage": 1}},
+            {"lr_density_power": 0.5},
+            "gap.lr_density_power: found 0.5, .* expected null",
+        ),
     ],
 )
 def test_of_deepspeed_zero_1_and_2_are_accepted(

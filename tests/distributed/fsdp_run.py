@@ -97,7 +97,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 INPUTS_OF_FOUR = {"exclude": ["*.fused"]}
 # name -> model, optimizer, config, how it is sharded
 CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "softened": ("odd", "adamw", {"num_partitions": 3}, "blocks"),
+    "softened": ("odd", "adamw", {"num_partitions": 3, "lr_density_power": 0.5}, "blocks"),
     "hard": ("odd", "adamw", {"num_partitions": 2, "num_rounds": 2, "include": ["Block"], **HARD}, "blocks"),
     "hard, all moments": ("odd", "adamw", {"num_partitions": 2, "optimizer_reset": "all", **HARD}, "root"),
     "random, one pool": ("odd", "adamw", {"method": "random", "num_partitions": 3, "distribution": "global"}, "blocks"),

@@ -19,7 +19,7 @@ HARD = {"ramp_share": 0, "prune_share": 0}
 RUNS: dict[str, dict[str, Any]] = {
     "as published": {"gap": {**GAP, **HARD}},
     "ramps, then cyclic": {
-        "gap": {**GAP, "cyclic_rounds": 1, "update_steps": 2},
+        "gap": {**GAP, "cyclic_rounds": 1, "update_steps": 2, "lr_density_power": 0.5},
         "training": {
             "max_steps": 24,
             "eval_strategy": "steps",
@@ -32,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "gap": {**GAP, **HARD, "optimizer_reset": "all", "lr_schedule": "restart", "distribution": "global"}
     },
     "ddp": {"gap": {"sparsity": 0.8, "num_partitions": 2, "update_steps": 3}},
-    "ddp, rigl": {"gap": {"sparsity": 0.8, "method": "rigl", "update_steps": 3}},
+    "ddp, rigl": {"gap": {"sparsity": 0.8, "method": "rigl", "update_steps": 3, "lr_density_power": 0.5}},
     "vit, random partition": {"model": "vit", "gap": {**GAP, "partition": "random", "update_steps": 3}},
 }
 
