@@ -23,6 +23,7 @@ from gap_hf.masks import Masks
 
 # Weights whose densities are equal to three digits go in one group: one launch of a fused kernel instead of many.
 _DIGITS = 3
+_EXPECTED = "expected an optimizer such as adamw_torch_fused, or lr_density_power: null"
 _attached: WeakKeyDictionary[Optimizer, DensityRates] = WeakKeyDictionary()
 
 
@@ -41,9 +42,14 @@ class DensityRates:
         optimizer: A torch optimizer, not wrapped. It may not change its groups in a step, nor have a learning rate of its own.
         masks: Whose densities count; as long as someone else keeps them.
         power: Of ``1 / density``.
+
+    Raises:
+        GaPError: if its step is one that torch's hooks do not know of, such as of a wrapper that is an optimizer by name only.
     """
 
     def __init__(self, optimizer: Optimizer, masks: Masks, power: float) -> None:
+        if not getattr(type(optimizer).step, "hooked", False):
+            raise GaPError(f"gap.lr_density_power: {type(optimizer).__name__} steps past torch's hooks; {_EXPECTED}")
         self._optimizer, self._masks, self._power = ref(optimizer), ref(masks), power
         self._names = {id(param): name for name, param in masks.params.items()}
         self._whole: list[dict[str, Any]] | None = None
@@ -75,8 +81,7 @@ class DensityRates:
         for group in optimizer.param_groups:
             if group.get("lr") is None:
                 raise GaPError(
-                    f"gap.lr_density_power: {type(optimizer).__name__} has no learning rate to multiply; expected one such as "
-                    "adamw_torch_fused, or lr_density_power: null"
+                    f"gap.lr_density_power: {type(optimizer).__name__} has no learning rate to multiply; {_EXPECTED}"
                 )
             parts: dict[float, list[nn.Parameter]] = {}
             for param in group["params"]:
@@ -99,7 +104,7 @@ class DensityRates:
                 if part[key] is not group.get(key):
                     raise GaPError(
                         f"gap.lr_density_power: {type(optimizer).__name__} keeps '{key}' in its groups and changes it in a step; "
-                        "expected one that does not, such as adamw_torch_fused, or lr_density_power: null"
+                        f"{_EXPECTED}"
                     )
 
     def _put_back(self, optimizer: Optimizer) -> None:

@@ -11,6 +11,7 @@ import pytest
 import schedulefree
 import torch
 from test_live_state import OPTIMIZERS, equal, trained
+from timm.optim.lookahead import Lookahead
 from torch import nn
 from toys import CONFIG, assert_masked_weights_are_zero, gap_trainer, same_tensors
 
@@ -169,6 +170,8 @@ def test_optimizers_that_are_refused() -> None:
         GaPError, match=r"gap\.lr_density_power: AdamWScheduleFree keeps '.*' in its groups and changes it"
     ):
         refused(free, model)
+    with pytest.raises(GaPError, match=r"gap\.lr_density_power: Lookahead steps past torch's hooks; expected an"):
+        refused(Lookahead(torch.optim.SGD(model.parameters(), lr=0.1)), model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(GaPError, match=r"gap\.lr_density_power: SGD has no learning rate to multiply; expected"):
