@@ -96,7 +96,7 @@ class GaPConfig:
         lr_peaks: With ``restart``, the peak over the phases: ``constant``, ``linear``, ``cosine`` or ``step``
             (halved each round). The fine-tune always starts from the full peak.
         lr_density_power: Between 0 and 1: step a sparse tensor with the learning rate times ``density ** -lr_density_power``
-            (`gap_hf.density_rates`). None: with the learning rate.
+            (`gap_hf.density_rates`); for Adam and its like. None: with the learning rate.
         include: Globs over module or parameter paths, or names of module types. Empty means every Linear,
             Conv1D (GPT-2's), convolution and expert weight inside the transformer blocks or network stages.
         exclude: The same, taken away from what `include` found.

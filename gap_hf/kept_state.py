@@ -16,14 +16,13 @@ def own_state(optimizer: Any, config: GaPConfig, masks: Masks) -> Any:
     """What a sparsifier has to tell of its masks: the optimizer, or the `LiveState` on it if the config wants one.
 
     Raises:
-        GaPError: if the optimizer does not update each weight by itself, or a weight is sharded.
+        GaPError: if the optimizer does not update each weight by itself, a weight is sharded, or rates cannot be set.
     """
     if optimizer is None or isinstance(optimizer, OwnState):
         return optimizer
     release(optimizer)
-    set_rates(
-        unwrap(optimizer), masks, config.lr_density_power
-    )  # before live state: its hooks see the groups that these make
+    # Before live state, whose hooks are to see the groups that these make.
+    set_rates(unwrap(optimizer), masks, config.lr_density_power)
     if not config.live_state:
         return optimizer
     return _kind(masters=config.master_weights)(optimizer, masks)

@@ -21,6 +21,7 @@ from gap_hf import checkpoint
 from gap_hf.callback import GaPCallback
 from gap_hf.change import Change
 from gap_hf.config import GaPConfig
+from gap_hf.density_rates import join_groups
 from gap_hf.distributed import WorkerGroups, check_same_masks, make_worker_groups
 from gap_hf.errors import GaPError
 from gap_hf.lr import restarted_schedule
@@ -157,15 +158,14 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's schedule, or under ``lr_schedule: restart`` the same one in every phase."""
-        if self._gap_on and self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is None:
-            self.lr_scheduler = restarted_schedule(
-                self.args,
-                unwrap(optimizer or self.optimizer),
-                self._gap_plan(num_training_steps),
-                self._gap_on_config.lr_peaks,
-            )
-            self._created_lr_scheduler = True
-            return self.lr_scheduler
+        if self._gap_on:
+            inner = unwrap(optimizer or self.optimizer)
+            join_groups(inner)  # of a run that ended within a step
+            if self._gap_on_config.lr_schedule == "restart" and self.lr_scheduler is None:
+                plan, peaks = self._gap_plan(num_training_steps), self._gap_on_config.lr_peaks
+                self.lr_scheduler = restarted_schedule(self.args, inner, plan, peaks)
+                self._created_lr_scheduler = True
+                return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
