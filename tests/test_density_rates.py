@@ -215,13 +215,13 @@ def test_masters_are_stepped_by_density_too() -> None:
     assert rated["1.weight"] == plain["1.weight"] > 0
 
 
-@pytest.mark.parametrize("name", ["adamw-loop", "adamw-fused", "adamw-foreach", "sgd-nesterov", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("name", ["adamw-fused", "adamw-foreach", "sgd-nesterov"])
 def test_live_state_gives_the_same_weights(name: str) -> None:
-    dense, plain, _ = trained(OPTIMIZERS[name], RATED, steps=120)
-    live, sparsifier, optimizer = trained(OPTIMIZERS[name], RATED.replace(live_state=True), steps=120)
+    dense, plain, _ = trained(OPTIMIZERS[name], RATED, steps=80)
+    live, sparsifier, optimizer = trained(OPTIMIZERS[name], RATED.replace(live_state=True), steps=80)
     assert equal(live, dense) and sparsifier.masks.digest() == plain.masks.digest()
     assert len(optimizer.param_groups) == 2
-    unscaled, _, _ = trained(OPTIMIZERS[name], GAP, steps=120)
+    unscaled, _, _ = trained(OPTIMIZERS[name], GAP, steps=80)
     assert not equal(unscaled, dense)
 
 

@@ -33,8 +33,7 @@ CONFIGS = {
         method="random", distribution="global", lr_schedule="restart", lr_peaks="cosine", optimizer_reset="all"
     ),
     # Masks change inside a phase, some of them by the gradient of the step after a checkpoint, some by a random draw.
-    "ramps": CONFIG.replace(ramp_share=0.8, prune_share=0.5, update_steps=2),
-    "rates by density": CONFIG.replace(ramp_share=0.8, update_steps=2, lr_density_power=0.5),
+    "ramps": CONFIG.replace(ramp_share=0.8, prune_share=0.5, update_steps=2, lr_density_power=0.5),
     "rigl": GaPConfig(sparsity=0.9, method="rigl", update_steps=4, distribution="erk"),
     "mest": GaPConfig(sparsity=0.9, method="mest", update_steps=3, drop_fraction=0.5),
 }
