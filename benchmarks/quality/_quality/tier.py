@@ -103,7 +103,7 @@ def load_tier(path: Path) -> Tier:
     return Tier(
         name=path.stem,
         title=str(found.get("title", path.stem)),
-        hardware=None if found.get("hardware") is None else str(found["hardware"]),
+        hardware=found.get("hardware"),
         recipe=recipe,
         seeds=seeds,
         threads=_count("threads", found.get("threads", 1)),
