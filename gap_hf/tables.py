@@ -85,6 +85,17 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def check_plot(path: Path) -> None:
+    """Before minutes of work whose figures are to be drawn there.
+
+    Raises:
+        GaPError: if matplotlib is not installed or does not know the suffix.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if (suffix := path.suffix[1:].lower()) not in known:
+        raise GaPError(f"{path}: found the suffix '{suffix}', expected one of {', '.join(sorted(known))}")
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure; the suffix sets the format.
 

@@ -178,6 +178,7 @@ def test_a_dense_model_has_nothing_of_ours() -> None:
         (["--tokens=1"], "--tokens: found 1, expected at least 2"),
         (["--tokens=65"], "the model has 64 positions"),
         (["--json=nowhere/x.json"], "--json: nowhere is no folder that exists"),
+        (["--plot=bench.pgn"], "bench.pgn: found the suffix 'pgn', expected one of "),
         (["--text=nowhere.txt"], "--text: nowhere.txt cannot be read"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -179,6 +179,20 @@ def test_a_recipes_memory_phase_by_phase(tmp_path: Path, capsys: pytest.CaptureF
     assert "peak memory of a training step" in text and "peak memory" in text.split("Phases")[1].splitlines()[1]
 
 
+def test_batches_by_their_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = []
+    for text, words in (
+        (RECIPE + "data: {max_tokens_per_batch: 50, max_length: 16}", []),
+        (RECIPE + "data: {max_tokens_per_batch: 50, max_length: 16}", ["--tokens", "8"]),
+        (RECIPE, ["--training.per_device_train_batch_size=3", "--tokens", "16"]),
+        (RECIPE, ["--training.per_device_train_batch_size=6", "--tokens", "8"]),
+    ):
+        (tmp_path / "recipe.yaml").write_text(text)
+        assert main(["plan", str(tmp_path / "recipe.yaml"), "--memory", "--json", *words]) == 0
+        peaks.append(json.loads(capsys.readouterr().out)["peak_bytes_of_dense"])
+    assert peaks[0] == peaks[2] and peaks[1] == peaks[3] and peaks[0] != peaks[1]
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

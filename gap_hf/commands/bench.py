@@ -65,6 +65,10 @@ def run(args: argparse.Namespace) -> int:
         path = getattr(args, option)
         if path is not None and not path.parent.is_dir():
             raise GaPError(f"--{option}: {path.parent} is no folder that exists")
+    if args.plot is not None:
+        from gap_hf.tables import check_plot
+
+        check_plot(args.plot)
     lines = _lines(args.text)
     from gap_hf.bench.measure import Settings, measure
     from gap_hf.bench.rivals import check_names
@@ -88,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
     report = measure(load_subject(args.folder), names, settings, lines=lines, say=_progress(args.quiet))
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    print(as_text(report))
     if args.plot is not None:
         plot(report, args.plot)
-    print(as_text(report))
     return 0
 
 

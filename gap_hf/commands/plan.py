@@ -74,7 +74,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        help="with --memory and --time: of each sequence (128, or as many as the model has positions)",
+        help="with --memory and --time: of each sequence (the recipe's data.max_length where it has a max_tokens_per_batch, "
+        "otherwise 128, or as many as the model has positions)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run, takes_overrides=True)
@@ -140,7 +141,7 @@ def _step_of(recipe: Any, tokens: int | None, flag: str) -> tuple[tuple[Any, Any
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
     parts = (
         lambda: build(recipe.model, dtype=dtype_of(recipe.model.get("dtype"), recipe.gap)),
-        partial(batch_of, size=training.get("per_device_train_batch_size", 8), tokens=tokens),
+        partial(batch_of, **_batch_shape(recipe, tokens)),
         partial(optimizer, **settings),
     )
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -149,6 +150,17 @@ def _step_of(recipe: Any, tokens: int | None, flag: str) -> tuple[tuple[Any, Any
         "clips": training.get("max_grad_norm", 1.0) > 0,
         "checkpointing": training.get("gradient_checkpointing", False),
     }
+
+
+def _batch_shape(recipe: Any, tokens: int | None) -> dict[str, int | None]:
+    """How many sequences a batch has and how long they are (None: `batch_of` knows). By `data.max_tokens_per_batch`, where a
+    recipe goes by it, a batch of its longest: so many padded tokens on either side.
+    """
+    most, longest = (recipe.data.get(key) for key in ("max_tokens_per_batch", "max_length"))
+    if not isinstance(most, int):
+        return {"size": recipe.training.get("per_device_train_batch_size", 8), "tokens": tokens}
+    length = tokens or (longest if isinstance(longest, int) and longest > 0 else 128)
+    return {"size": max(1, most // length), "tokens": length}
 
 
 def _time(
