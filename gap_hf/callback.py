@@ -24,7 +24,9 @@ class GaPCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer._gap_clear_gradients()  # those of a step that was left out
+        gap = self.trainer._gap_sparsifier
+        gap.workers.begin_step()
+        gap.masks.writes += 1
         self.trainer._gap_report_start()
 
     def on_optimizer_step(
@@ -33,6 +35,7 @@ class GaPCallback(TrainerCallback):
         self.trainer._gap_sparsifier.mask_weights()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._gap_clear_gradients()  # those of a step that was left out; Trainer has just set the others to None
         self.trainer._gap_advance()
 
     def on_train_end(

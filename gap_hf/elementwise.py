@@ -49,7 +49,10 @@ def _trial(optimizer: Optimizer) -> bool:
     weight = torch.randn(6, 8, generator=generator, device="cpu").to(device) * mask
     dense, live = nn.Parameter(weight.clone()), nn.Parameter(weight[mask])
     kind: Any = type(optimizer)
-    both = kind([dense], **optimizer.defaults), kind([live], **optimizer.defaults)
+    settings = dict(optimizer.defaults)
+    if isinstance(optimizer, torch.optim.AdamW):
+        settings.pop("decoupled_weight_decay", None)  # which it gives its parent, and does not take itself
+    both = kind([dense], **settings), kind([live], **settings)
     for _ in range(_PROBE_STEPS):
         gradient = torch.randn(6, 8, generator=generator, device="cpu").to(device) * mask
         dense.grad, live.grad = gradient, gradient[mask]

@@ -53,12 +53,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The model's safetensors files, in order of name; those of masks and of P-GaP's workers are none.
+    """The model's safetensors files, in order of name; those of masks and of P-GaP's workers are none, and where some have
+    transformers' names, others, such as an average of the weights, are none.
 
     Raises:
         GaPError: if there are none.
     """
     files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("gap_", "."))]
+    files = [path for path in files if path.name.startswith("model")] or files
     if not files:
         raise GaPError(f"{folder}: has no safetensors weights; expected model.safetensors or its shards")
     return files

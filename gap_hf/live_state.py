@@ -11,6 +11,9 @@ bit for bit in fp32; but of a weight whose size is no multiple of 16, fused kern
 Between steps `optimizer.state` holds 1-D tensors for sparse weights, and so does its `state_dict()`, under names of their own:
 an optimizer that knows nothing of this misses its own and says so. A state of either kind may be loaded where the other is
 kept, if masks are loaded after it. `release` gives the usual dense state back.
+
+What somebody else writes to masked weights between two steps `mask_weights` zeroes; what is written through ``.data``, which torch
+does not count, only where the mask next changes.
 """
 
 from __future__ import annotations
@@ -55,8 +58,6 @@ class LiveState(OwnState):
         GaPError: if the optimizer does not update each weight by itself, or a weight is sharded.
     """
 
-    spares_masked = True
-
     def __init__(self, optimizer: Any, masks: Masks) -> None:
         self.optimizer = unwrap(optimizer)
         self._check()
@@ -66,12 +67,15 @@ class LiveState(OwnState):
         self._masks = masks
         self._places: dict[nn.Parameter, _Places] = {}
         self._swapped: list[_Swap] = []
+        self._taken: dict[nn.Parameter, Tensor] = {}  # packed gradients of the step at hand
+        self._versions: dict[nn.Parameter, int] = {}  # of weights whose masked entries are known to be 0
+        self._is_as_loaded = False
         self.gradients: PackedGradients | None = None
         self._handles = [
             self.optimizer.register_step_pre_hook(self._gather),
             self.optimizer.register_step_post_hook(self._scatter),
             self.optimizer.register_state_dict_post_hook(self._rename),
-            self.optimizer.register_load_state_dict_post_hook(lambda _: self._places.clear()),
+            self.optimizer.register_load_state_dict_post_hook(self._was_loaded),
         ]
         _attached[self.optimizer] = ref(self)
 
@@ -79,9 +83,12 @@ class LiveState(OwnState):
         check_elementwise(self.optimizer)
 
     def detach(self) -> None:
-        """Remove the hooks and make the state dense again."""
+        """Remove the hooks and make the state dense again; one that was loaded since the last step stays as it was loaded, because
+        the masks that it is packed by may not be here yet.
+        """
         self._restore()
-        self.sync()
+        if not self._is_as_loaded:
+            self.sync()
         for param in list(self._places):
             self._unpack(param)
         for handle in self._handles:
@@ -110,7 +117,10 @@ class LiveState(OwnState):
     def _gather(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None):
             raise GaPError("gap.live_state: the optimizer was given a closure, which would see live entries only")
-        self._restore()
+        self._restore()  # what a step that raised has left, or one whose class calls its parent's, which has hooks too
+        if self.gradients is not None:
+            self.gradients.give_back(self._taken)
+        self._taken = {}
         self.sync()
         for group in optimizer.param_groups:
             for i, param in enumerate(group["params"]):
@@ -128,19 +138,32 @@ class LiveState(OwnState):
         packed = None if self.gradients is None else self.gradients.take(param)
         if packed is None and param.grad is None:
             return None
+        if packed is not None:
+            self._taken[param] = packed
         at = places.positions()
         live = nn.Parameter(places.take(param, at))
         live.grad = packed
         if param.grad is not None:
             whole = places.take(param.grad, at)
-            live.grad = whole if packed is None else packed.add_(whole)
+            live.grad = whole if packed is None else packed + whole
         return live, at
 
     @torch.no_grad()
     def _scatter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for swap in self._swapped:
+            clean = self._versions.get(swap.param) == swap.param._version
             self._write(swap)
+            if clean:
+                self._versions[swap.param] = swap.param._version
         self._restore()
+        self._taken = {}
+
+    @torch.no_grad()
+    def mask_weights(self, masks: Masks) -> None:
+        for param, mask in masks.sparse_params():
+            if self._versions.get(param) != param._version:
+                param.mul_(mask)
+                self._versions[param] = param._version
 
     def _write(self, swap: _Swap) -> None:
         assert swap.at is not None
@@ -168,6 +191,7 @@ class LiveState(OwnState):
 
     def sync(self) -> None:
         """Pack the state of every sparse weight by its present mask, and unpack that of dense ones."""
+        self._is_as_loaded = False
         sparse = dict(self._masks.sparse_params())
         for param in [p for p in self._places if p not in sparse]:
             self._unpack(param)
@@ -192,6 +216,10 @@ class LiveState(OwnState):
 
     def mask_weight_copies(self, sparse: Any) -> None:
         """There are none: of masked weights nothing is kept."""
+
+    def _was_loaded(self, optimizer: Optimizer) -> None:
+        self._places.clear()
+        self._is_as_loaded = True
 
     @torch.no_grad()
     def _pack(self, param: nn.Parameter, mask: Tensor) -> None:

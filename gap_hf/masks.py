@@ -33,6 +33,8 @@ class Masks:
         self._live = {name: p.numel() for name, p in self.params.items()}
         self._masks: dict[str, Tensor | None] = dict.fromkeys(self.params)
         self._sparse: list[tuple[nn.Parameter, Tensor]] | None = None  # made when it is asked for
+        # Counted up where others may have written weights by ways that torch does not count, such as `.data`.
+        self.writes = 0
 
     def __getitem__(self, name: str) -> Tensor | None:
         mask = self._masks[name]
@@ -64,13 +66,13 @@ class Masks:
         """Masks of an earlier run for these weights, as the parts that lie here.
 
         Args:
-            given: Of the same weights on the same processes; or, by name, of whole weights, where not 0 is live.
+            given: Of weights of the same model on the same processes; or, by name, of whole weights, where not 0 is live.
 
         Raises:
             GaPError: if one is of no prunable weight, or of another shape.
         """
         if given is None or isinstance(given, Masks):
-            return {} if given is None else {n: m for n in self if (m := given[n]) is not None}
+            return {} if given is None else {n: m for n in self if n in given.params and (m := given[n]) is not None}
         out = {}
         for name, mask in given.items():
             if name not in self.params:

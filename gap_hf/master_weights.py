@@ -6,7 +6,8 @@ sparse weight the copy, as all else, is of its live entries; a dense one has a w
 
     sparsifier = Sparsifier(model.bfloat16(), GaPConfig(sparsity=0.9, live_state=True, master_weights=True), …)
 
-What somebody else writes into a weight between two steps is taken over where it differs from the master's rounding.
+What somebody else writes into a weight between two steps is taken over where it differs from the master's rounding, but not what
+is written through ``.data``, which torch does not count.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ class MasterState(LiveState):
         super().__init__(optimizer, masks)
         self._masters: dict[nn.Parameter, _Master] = {}
         self._is_read = False
-        self._handles.append(self.optimizer.register_load_state_dict_post_hook(self._was_loaded))
 
     def detach(self) -> None:
         """As of `LiveState`; moments of low-precision weights get their type, and the masters are forgotten."""
+        as_loaded = self._is_as_loaded
         super().detach()
         self._masters.clear()
+        if as_loaded:
+            return
         for param in self._low():
             state = self.optimizer.state.get(param, {})
             state.update({key: value.to(param.dtype) for key, value in tensors_of(state)})
@@ -146,6 +149,7 @@ class MasterState(LiveState):
         return saved
 
     def _was_loaded(self, optimizer: Optimizer) -> None:
+        super()._was_loaded(optimizer)
         self._is_read = False
         self._masters.clear()
 

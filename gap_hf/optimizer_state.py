@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gap_hf.shards import exchange, local, part_of, total_counts
+
+if TYPE_CHECKING:
+    from gap_hf.masks import Masks
 
 # Copies of the weights themselves, not moments: schedule-free optimizers step on `z`.
 WEIGHT_COPIES = ("z",)
@@ -35,11 +38,7 @@ class OwnState(ABC):
     """Stands for an optimizer whose state does not lie parameter by parameter, as large as these; see `gap_hf.zero` and
     `gap_hf.live_state`.
 
-    Attributes:
-        spares_masked: True if no step touches a masked weight, which then stays 0 without a product.
     """
-
-    spares_masked = False
 
     @abstractmethod
     def sync(self) -> None:
@@ -56,6 +55,10 @@ class OwnState(ABC):
     @abstractmethod
     def follow_restart(self, policy: str) -> None:
         """As the function of this name."""
+
+    def mask_weights(self, masks: Masks) -> None:
+        """As the function of this name."""
+        masks.apply_to_weights()
 
     @abstractmethod
     def mask_weight_copies(self, sparse: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
@@ -86,9 +89,12 @@ def follow_mask(optimizer: Any, param: nn.Parameter, mask: Tensor, policy: str) 
     mask_weight_copies(optimizer, [(param, mask)])
 
 
-def spares_masked(optimizer: Any) -> bool:
-    """True if steps of this optimizer leave masked weights as they are."""
-    return isinstance(optimizer, OwnState) and optimizer.spares_masked
+def mask_weights(optimizer: Any, masks: Masks) -> None:
+    """Zero masked weights after a step; of an optimizer that never touches them, where somebody else has written."""
+    if isinstance(optimizer, OwnState):
+        optimizer.mask_weights(masks)
+    else:
+        masks.apply_to_weights()
 
 
 def follow_restart(optimizer: Any, policy: str) -> None:

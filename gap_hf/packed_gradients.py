@@ -7,7 +7,7 @@ agree with masked dense training to rounding, and to the bit where they are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,11 @@ class PackedGradients:
                 "set live_state: false where a trainer clips by itself"
             )
         return self._packed.pop(param, None)
+
+    def give_back(self, taken: Mapping[nn.Parameter, Tensor]) -> None:
+        """Gradients of a step that did not come to its end, for the one that is taken in its place."""
+        for param, gradient in taken.items():
+            self._packed.setdefault(param, gradient)
 
     def stand_ins(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """The parameters, with another for each that has a packed gradient: its ``.grad`` is that."""

@@ -46,6 +46,7 @@ class HubMixin(_Base):
     gap: Sparsifier | None = None
     _gap_hub: HfApi | None = None
     _gap_saved: Path | None = None  # the checkpoint that is being pushed
+    _gap_in_checkpoint = False
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, with one sentence where the Hub refuses.
@@ -115,7 +116,11 @@ class HubMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's card, and after it gap_hf's section (`gap_hf.card`) with what was measured of the saved model."""
         super().create_model_card(*args, **kwargs)
-        if self.gap is None or not self.is_world_process_zero():
+        if (
+            self.gap is None
+            or (self._gap_in_checkpoint and self._gap_saved is None)
+            or not self.is_world_process_zero()
+        ):
             return
         output = Path(str(self.args.output_dir))
         try:
@@ -127,6 +132,14 @@ class HubMixin(_Base):
             write_card(output, facts, CardOptions(repo=self.hub_model_id))
         except GaPError as error:  # no reason to lose a run
             logger.warning("The model card has no section on sparsity: %s", error)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # TRL writes a card in each, into the output folder, whose model may be another run's.
+        self._gap_in_checkpoint = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._gap_in_checkpoint = False
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.gap is None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:

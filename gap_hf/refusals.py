@@ -50,6 +50,16 @@ def check_arguments(args: TrainingArguments, config: GaPConfig) -> None:
         )
     if config.method == "parallel":
         _check_parallel(args, config, optim)
+    if getattr(args, "enable_jit_checkpoint", False) and (config.method == "rigl" or config.workers == "sequential"):
+        what = (
+            "method: rigl changes masks"
+            if config.method == "rigl"
+            else "workers: sequential has stepped other replicas"
+        )
+        raise GaPError(
+            f"training.enable_jit_checkpoint: saves in the middle of a step, where {what} already, so that a resumed run is another; "
+            "expected false, with save_steps"
+        )
     if config.sparse_compute:
         _check_sparse_compute(args)
     if config.phase_epochs is not None and args.max_steps > 0:
@@ -106,6 +116,11 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
         raise GaPError(
             "gap.sparse_compute: computes with whole weights, and found a sharded model or optimizer; expected one process or DDP, or "
             "sparse_compute: false"
+        )
+    if config.method == "parallel" and callable(getattr(trainer.optimizer, "eval", None)):
+        raise GaPError(
+            f"optimizers=: {type(trainer.optimizer).__name__} moves the weights for each evaluation and back, by state that P-GaP's "
+            "merged view does not have; expected one such as AdamW"
         )
     if config.lr_schedule == "restart" and trainer.lr_scheduler is not None:
         raise GaPError(
@@ -200,6 +215,11 @@ def _check_parallel(args: TrainingArguments, config: GaPConfig, optim: str) -> N
         raise GaPError(
             "training.fp16: its loss scale skips steps of one worker and not of another, which sets their schedules apart; "
             "expected bf16: true with method: parallel"
+        )
+    if optim.startswith("schedule_free"):
+        raise GaPError(
+            f"training.optim: '{optim}' moves the weights for each evaluation and back, by state that P-GaP's merged view does not "
+            "have; expected one such as adamw_torch_fused"
         )
     if any(bits in optim for bits in ("8bit", "4bit")):
         raise GaPError(

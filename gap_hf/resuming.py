@@ -7,15 +7,23 @@ goes on from weights that were never trained (huggingface/transformers issue 437
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from gap_hf import checkpoint
+from gap_hf.distributed import all_objects
 from gap_hf.errors import GaPError
 from gap_hf.folder_files import keys_of, weight_files
 from gap_hf.shards import is_sharded
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from gap_hf.sparsifier import Sparsifier
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -38,6 +46,25 @@ class ResumeMixin(_Base):
         if best is None or not self._gap_load_renamed(best, None):
             super()._load_best_model()
 
+    def _gap_best_state(self, sparsifier: Sparsifier) -> checkpoint.GaPState | None:
+        """What lies beside the best model's weights, which Trainer has just loaded; None if it has not.
+
+        Raises:
+            GaPError: if P-GaP's replicas are apart and only some processes have loaded it.
+        """
+        best, state = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None, None
+        if best is not None and not any(Path(best).glob("*.safetensors")):
+            # Other nodes make the folder for their random states; Trainer warns of the weights.
+            logger.warning("%s holds no masks on this node; set training.save_on_each_node: true", best)
+        elif best is not None:
+            state = checkpoint.load(best)
+        if sparsifier.workers.apart and len(set(all_objects(state is not None))) > 1:
+            raise GaPError(
+                "training.load_best_model_at_end: only some processes find the best checkpoint on their disk, and the others cannot "
+                "merge without them; set training.save_on_each_node: true"
+            )
+        return state
+
     def _gap_load_renamed(self, folder: str, model: nn.Module | None) -> bool:
         """Load a checkpoint if its files name weights otherwise. Returns False, and does nothing, if they do not.
 
@@ -49,6 +76,8 @@ class ResumeMixin(_Base):
         if not wanted or not isinstance(model, PreTrainedModel) or not Path(folder).is_dir():
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # these save by the model's own names
+            return False
+        if not any(Path(folder).glob("*.safetensors")):  # another node's disk has them; Trainer says so
             return False
         renamed = {key for path in weight_files(Path(folder)) for key in keys_of(path)} - model.state_dict().keys()
         if not renamed:

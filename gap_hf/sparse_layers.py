@@ -101,6 +101,7 @@ class _Computed:
     def __init__(self, sparsifier: Sparsifier, name: str) -> None:
         self.sparsifier, self.name = sparsifier, name
         self._mask: Tensor | None = None
+        self._writes = 0
         self._products: Products | None = None
 
     def __call__(self, layer: _Layer, x: Tensor) -> Tensor:
@@ -118,6 +119,9 @@ class _Computed:
             num_live = self.sparsifier.masks.live(self.name)
             if mask is not None and is_worth_it(num_live, mask.numel(), rows=8) and weight.is_contiguous():
                 self._products = _made(layer.matrix(mask.contiguous()))  # as the weight lies
+        elif self._products is not None and self._writes != self.sparsifier.masks.writes:
+            self._products.forget_values()
+        self._writes = self.sparsifier.masks.writes
         return self._products
 
     @property

@@ -112,6 +112,12 @@ class Products:
         self._weight.run(call, self._weight.threads(torch.get_num_threads()))
         return gradient
 
+    def forget_values(self) -> None:
+        """Gather the weight's values anew, although torch may not have counted a write to it."""
+        for product in (self._output, self._input):
+            if product is not None:
+                product.values.forget()
+
     def num_bytes(self) -> int:
         """What is kept beside weight and mask."""
         kept = [t for p in (self._output, self._input) if p is not None for t in [p.values.places, *p.form.arrays]]
@@ -126,6 +132,9 @@ class _Values:
         self.places = (at // num_in * strides[0] + at % num_in * strides[1]).to(torch.int32)
         self.tensor = torch.empty(len(at), device="cpu")
         self._of: tuple[int, int] | None = None
+
+    def forget(self) -> None:
+        self._of = None
 
     def follow(self, weight: Tensor) -> None:
         """Gather them, if the weight has changed."""

@@ -170,8 +170,7 @@ class Sparsifier:
 
     def mask_weights(self) -> None:
         """Zero masked weights, and the optimizer's own copies of them. Call after every optimizer step."""
-        if not optimizer_state.spares_masked(self.optimizer):
-            self.masks.apply_to_weights()
+        optimizer_state.mask_weights(self.optimizer, self.masks)
         optimizer_state.mask_weight_copies(self.optimizer, self.masks.sparse_params())
 
     def prune_to_target(self) -> float | None:

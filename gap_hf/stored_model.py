@@ -135,6 +135,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise GaPError(f"{folder}: lacks {missing[0]}, which its index names")
         return files
     files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("gap_", "."))]
+    files = [path for path in files if path.name.startswith("model")] or files  # and not an average beside them
     if not files:
         others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".gguf")]
         what = f"only {others[0]}, which is not read" if others else "no weights"

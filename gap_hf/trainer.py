@@ -100,8 +100,7 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
         check_setup(self, self._gap_on_config)
         callback = GaPCallback(self)
         self.add_callback(callback)
-        callbacks = self.callback_handler.callbacks
-        callbacks.insert(0, callbacks.pop())
+        self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
 
     @property
     def _gap_on(self) -> bool:
@@ -127,9 +126,8 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
         """
         if not self._gap_on:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        path = (
-            get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
-        )
+        is_last = resume_from_checkpoint is True
+        path = get_last_checkpoint(str(self.args.output_dir)) if is_last else resume_from_checkpoint
         self._gap_resume = None
         if path:
             state = checkpoint.load(path)
@@ -190,8 +188,8 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
         replicas = checkpoint.save_replicas(folder, self.gap) if self.gap.workers.apart and is_checkpoint else {}
         with self._gap_merged():
             # On all ranks, because sharded masks have to be gathered; it does nothing more where nothing is sharded.
-            step, write = self.state.global_step, self.args.should_save
-            checkpoint.save(folder, self.gap, step=step, replicas=replicas, write=write)
+            step = self.state.global_step
+            checkpoint.save(folder, self.gap, step=step, replicas=replicas, write=self.args.should_save)
             return super().save_model(output_dir, _internal_call=_internal_call)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
@@ -288,7 +286,10 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
         self.model.zero_grad()
 
     def _gap_merged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.gap is None else self.gap.workers.merged(self.gap)
+        if self.gap is None:
+            return nullcontext()
+        self.gap.masks.writes += 1
+        return self.gap.workers.merged(self.gap)
 
     def _gap_load(self, state: checkpoint.GaPState, step: int) -> None:
         self._gap_sparsifier.load(step, state.masks, state.previous, levels=state.levels, num_done=state.num_done)
@@ -305,14 +306,13 @@ class GaPMixin(PackedGradientsMixin, ResumeMixin, HubMixin):
 
     def _gap_end(self) -> None:
         gap = self._gap_sparsifier
-        if gap.workers.apart:
+        if (best := self._gap_best_state(gap)) is not None:
+            gap.workers.drop()
+            self._gap_load(best, best.step)
+        elif gap.workers.apart:
             # Stopped in the middle of a round: every process is to hold the same model.
             gap.workers.merge(gap)
             self._gap_say("training ended in the middle of a parallel round, so the workers' replicas were merged")
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            # Trainer has just put the best checkpoint's weights back; their masks belong to them.
-            state = checkpoint.load(self.state.best_model_checkpoint)
-            self._gap_load(state, state.step)
         if gap.at_target:
             return
         if self._gap_on_config.prune_if_stopped:

@@ -56,6 +56,9 @@ class OneWorker:
     def fork(self, sparsifier: Sparsifier) -> None:
         """From here on each worker has a replica of its own."""
 
+    def begin_step(self) -> None:
+        """Before the first micro-batch of a step, which may follow some that came to no step: the end of data of unknown length."""
+
     def take_turn(self, sparsifier: Sparsifier, num_micro_batches: int) -> None:
         """Before each of a step's micro-batches: put the replica that it trains into the model."""
 
@@ -277,6 +280,9 @@ class SequentialWorkers(_Workers):
         self.apart, self.active = True, 0
         replicas[0].install(sparsifier, with_optimizer=True)
         self._waiting = [None, *(replicas[w] for w in range(1, self.num))]
+
+    def begin_step(self) -> None:
+        self._turn = 0
 
     def take_turn(self, sparsifier: Sparsifier, num_micro_batches: int) -> None:
         """The first micro-batches of a step are the first worker's, as with one process for each of them."""

@@ -19,7 +19,7 @@ from test_saving import gpt2, mixtral, pruned
 from toys import CONFIG, Tokens, causal_lm
 from transformers import Trainer, TrainingArguments
 
-from gap_hf import GaPTrainer, save_pretrained
+from gap_hf import GaPMixin, GaPTrainer, save_pretrained
 from gap_hf.card import BEGIN, END, TAGS
 from gap_hf.cli import main
 
@@ -259,6 +259,27 @@ def test_a_trainers_card_is_trainers_own_and_then_ours(tmp_path: Path) -> None:
     assert np.isfinite(loss)
     data = ModelCard.load(tmp_path / "run" / "README.md").data
     assert data.license == "mit" and {"generated_from_trainer", "gap_hf"} <= set(data.tags or [])
+
+
+def test_a_card_that_a_checkpoint_writes_is_not_of_the_model_before(tmp_path: Path, caplog: Any) -> None:
+    class Base(Trainer):
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self.create_model_card()
+            super()._save_checkpoint(*args, **kwargs)
+
+    class Own(GaPMixin, Base):
+        pass
+
+    args = TrainingArguments(
+        str(tmp_path), max_steps=24, use_cpu=True, report_to=[], save_steps=12, disable_tqdm=True, learning_rate=5e-3
+    )
+    trainer = Own(model=causal_lm(), args=args, train_dataset=Tokens(), gap_config=CONFIG)
+    for _ in range(2):
+        trainer.train()
+        assert BEGIN not in (tmp_path / "README.md").read_text() and "has no section" not in caplog.text
+        trainer.save_model()
+        trainer.create_model_card()
+        assert BEGIN in (tmp_path / "README.md").read_text()
 
 
 def test_off_it_is_trainers_card_to_the_byte(tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_verify_and_unpack_refuse_a_changed_file(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_an_average_beside_the_weights_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = gpt2()
+    save_pretrained(model, tmp_path / "dense", pruned(model))
+    shutil.copy(tmp_path / "dense" / "model.safetensors", tmp_path / "dense" / "average.safetensors")
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model)
+    for folder in ("dense", "packed"):
+        assert verify_folder(tmp_path / folder)["form"] == folder
+        assert main(["inspect", str(tmp_path / folder)]) == 0, capsys.readouterr().err
+
+
 def test_zeros_may_be_taken_for_masks_if_that_is_said(tmp_path: Path) -> None:
     model = gpt2()
     pruned(model)

@@ -158,7 +158,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "uploads": {"errors", "checkpoint", "packed"},
     "inference": {"errors", "inference", "targets", "caches"},
-    "resuming": {"errors", "folder_files", "shards"},
+    "resuming": {"errors", "checkpoint", "distributed", "folder_files", "shards", "sparsifier"},
     "publishing": _CORE | {"errors", "shards", "folders", "saving", "uploads", "card", "card_facts", "card_section"},
     "commands": _CORE
     | _FILES

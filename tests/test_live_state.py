@@ -13,8 +13,9 @@ import schedulefree
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from toys import CONFIG, assert_masked_weights_are_zero, gap_trainer, same_tensors
-from transformers import Adafactor, Trainer
+from torch.utils.data import IterableDataset
+from toys import CONFIG, Tokens, assert_masked_weights_are_zero, causal_lm, gap_trainer, same_tensors
+from transformers import Adafactor, Trainer, TrainerCallback
 
 from gap_hf import GaPConfig, GaPError, Sparsifier
 from gap_hf.live_state import LiveState, check_elementwise, release
@@ -239,6 +240,76 @@ def test_a_second_run_of_the_same_trainer(tmp_path: Path) -> None:
 
     live, dense = twice(CONFIG.replace(live_state=True)), twice(CONFIG)
     assert same_tensors(live.model.state_dict(), dense.model.state_dict())
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("step", [2, 9])
+def test_a_trainer_that_has_trained_goes_back_to_a_checkpoint(tmp_path: Path, step: int, live: bool) -> None:
+    trainer = run(tmp_path, CONFIG.replace(live_state=live), save_strategy="steps", save_steps=1)
+    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert same_tensors(trainer.model.state_dict(), whole)
+
+
+class Write(TrainerCallback):
+    """Puts ones where the masks have zeros, as an average or a rollback of the weights may."""
+
+    trainer: Any = None
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (7, 22):
+            for param, mask in self.trainer.gap.masks.sparse_params():
+                param.masked_fill_(mask == 0, 1.0)
+
+
+def test_what_somebody_else_writes_to_masked_weights_is_zeroed(tmp_path: Path) -> None:
+    found = []
+    for live in (True, False):
+        write = Write()
+        write.trainer = gap_trainer(
+            tmp_path, config=CONFIG.replace(live_state=live), max_steps=24, max_grad_norm=0.0, callbacks=[write]
+        )
+        write.trainer.train()
+        assert_masked_weights_are_zero(write.trainer)
+        found.append(dict(write.trainer.model.state_dict()))
+    assert same_tensors(*found)
+
+
+class Ten(IterableDataset):
+    """Ten batches of four, of a length that nobody knows."""
+
+    def __iter__(self) -> Any:
+        data = Tokens()
+        return (data[i] for i in range(40))
+
+
+def test_micro_batches_that_come_to_no_step_count_in_the_next(tmp_path: Path) -> None:
+    changes = {"gradient_accumulation_steps": 3, "max_steps": 12, "max_grad_norm": 0.0, "train_dataset": Ten()}
+    live, dense = (run(tmp_path, CONFIG.replace(live_state=live), **changes) for live in (True, False))
+    assert same_tensors(live.model.state_dict(), dense.model.state_dict())
+
+
+class Own(O.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_an_optimizer_that_calls_its_parents_step(tmp_path: Path) -> None:
+    O.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # from now on its step has hooks too
+    found = []
+    for kind in (Own, O.SGD):
+        model = causal_lm()
+        trainer = run(
+            tmp_path,
+            CONFIG.replace(live_state=True),
+            model=model,
+            optimizers=(kind(model.parameters(), lr=0.1, momentum=0.9), None),
+            max_grad_norm=0.0,
+        )
+        found.append(dict(trainer.model.state_dict()))
+    assert same_tensors(*found)
 
 
 def test_released_state_is_that_of_dense_training() -> None:

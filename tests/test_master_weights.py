@@ -179,6 +179,14 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, optim: str) -> Non
         assert same_tensors(resumed.model.state_dict(), whole.model.state_dict())
 
 
+def test_a_trainer_that_has_trained_goes_back_to_a_checkpoint(tmp_path: Path) -> None:
+    trainer = run(tmp_path, CONFIG.replace(**MASTERS))
+    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for step in (4, 12):
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert same_tensors(trainer.model.state_dict(), whole)
+
+
 def test_released_state_is_the_optimizers_own() -> None:
     _, sparsifier, optimizer = packed(MAKE["adamw-fused"], GAP, 20)
     release(optimizer)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toys import CONFIG, assert_masked_weights_are_zero, causal_lm, gap_trainer, same_tensors
+from toys import CONFIG, Tokens, assert_masked_weights_are_zero, causal_lm, gap_trainer, same_tensors
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
@@ -421,6 +421,45 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.gap is not None and again.gap.masks.digest() == whole.gap.masks.digest()
         assert same_tensors(dict(again.model.state_dict()), dict(whole.model.state_dict()))  # type: ignore[union-attr]
+
+
+class Swaps(GaPTrainer):
+    """Evaluates other weights, which it puts in and out as averages of weights are: by ways that torch does not count."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        weights: Any = self.model.parameters()  # type: ignore[union-attr]
+        before = [(weight, weight.detach().clone()) for weight in weights]
+        for weight, _ in before:
+            weight.data.mul_(3)
+        found = super().evaluate(*args, **kwargs)
+        for weight, old in before:
+            weight.data.copy_(old)
+        return found
+
+
+def test_weights_that_are_swapped_for_an_evaluation(tmp_path: Path) -> None:
+    losses = []
+    weights = []
+    for config in (SPARSE, SPARSE.replace(sparse_compute=False)):
+        plain = gap_trainer(
+            tmp_path,
+            config=config,
+            model=causal_lm(n_embd=32),
+            eval_dataset=Tokens(8),
+            max_steps=24,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            eval_strategy="steps",
+            eval_steps=5,
+        )
+        trainer = Swaps(plain.model, plain.args, train_dataset=Tokens(), eval_dataset=Tokens(8), gap_config=config)
+        trainer.train()
+        losses.append([entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
+        weights.append(dict(trainer.model.state_dict()))  # type: ignore[union-attr]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_that_fails_leaves_ordinary_layers(tmp_path: Path) -> None:

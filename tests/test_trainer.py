@@ -478,6 +478,31 @@ def test_iterable_dataset(tmp_path: Path) -> None:
     assert_at_target(trainer)
 
 
+def test_layers_that_thaw_before_a_second_run(tmp_path: Path) -> None:
+    model: Any = causal_lm()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    model.transformer.h[0].requires_grad_(False)
+    trainer = gap_trainer(tmp_path, model=model, optimizers=(optimizer, None))
+    trainer.train()
+    first = set(trainer.gap.weights)
+    model.transformer.h[0].requires_grad_(True)
+    trainer.train()
+    assert set(trainer.gap.weights) > first
+    assert_at_target(trainer)
+
+
+def test_a_best_checkpoint_that_is_on_another_nodes_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, _ = watched(tmp_path / "out", load_best_model_at_end=True, eval_dataset=Tokens(8), **EVALUATED)
+    trainer.train()
+    here = tmp_path / "checkpoint-2"
+    here.mkdir()
+    (here / "rng_state_1.pth").touch()
+    trainer.state.best_model_checkpoint = str(here)
+    trainer._load_best_model()
+    trainer._gap_end()
+    assert "training.save_on_each_node: true" in caplog.text
+
+
 def test_auto_find_batch_size_starts_over(tmp_path: Path) -> None:
     trainer, watch = watched(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
     step = GaPTrainer.training_step
@@ -583,6 +608,7 @@ def test_a_model_with_nothing_to_prune_is_refused_before_the_folder_is_made(tmp_
     refused(tmp_path, "num_partitions", config=CONFIG.replace(num_partitions=9))
     refused(tmp_path, "include", config=CONFIG.replace(include=["*.nothing"]))
     refused(tmp_path, "48 outputs, which 5 does not divide", config=CONFIG.replace(pattern="block:5x1"))
+    refused(tmp_path, "method: rigl changes masks already", config=METHODS["rigl"], enable_jit_checkpoint=True)
     assert not (tmp_path / "out").exists()
     plain = gap_trainer(tmp_path / "out", model=torch.nn.Sequential(torch.nn.Linear(4, 4)), config=None)
     assert plain.gap is None

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toys import causal_lm, gap_trainer
+from torch.utils.data import IterableDataset
+from toys import Tokens, causal_lm, gap_trainer
 from transformers import TrainerCallback
 
 from gap_hf import GaPConfig, GaPError, Sparsifier, make_plan
@@ -286,6 +287,16 @@ def test_the_printed_plan_knows_workers() -> None:
         ),
         ({}, {}, r"gradient_accumulation_steps: found 1, expected a multiple of gap.num_partitions \(2\)"),
         ({}, {"gradient_accumulation_steps": 2, "optim": "adamw_bnb_8bit"}, "'adamw_bnb_8bit' keeps quantised moments"),
+        (
+            {},
+            {"gradient_accumulation_steps": 2, "optim": "schedule_free_adamw"},
+            "moves the weights for each evaluation",
+        ),
+        (
+            {},
+            {"gradient_accumulation_steps": 2, "enable_jit_checkpoint": True},
+            "enable_jit_checkpoint: saves in the middle",
+        ),
         ({"workers": "threads"}, {}, "gap.workers: found 'threads', expected one of processes, sequential"),
         ({"cyclic_rounds": -1}, {}, "gap.cyclic_rounds: found -1, expected at least 0"),
     ],
@@ -307,6 +318,45 @@ def test_a_run_that_is_stopped_in_a_round_is_merged(tmp_path: Path, capsys: pyte
     stopped.train()
     assert not stopped.gap.workers.apart and stopped.gap.at_target
     assert "the workers' replicas were merged" in capsys.readouterr().out
+
+
+def test_the_best_model_is_kept_where_a_run_is_stopped_in_a_round(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 5
+
+    values = iter((2.0, 1.0, 0.0))
+    trainer = gap_trainer(
+        tmp_path,
+        config=CONFIG.replace(best_model_at_target=False),
+        gradient_accumulation_steps=2,
+        callbacks=[Stop()],
+        eval_dataset=Tokens(8),
+        compute_metrics=lambda _: {"falling": next(values)},
+        load_best_model_at_end=True,
+        metric_for_best_model="falling",
+        greater_is_better=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    weights = dict(trainer.model.named_parameters())  # type: ignore[union-attr]
+    assert not trainer.gap.workers.apart
+    assert all(torch.equal(weights[name].detach(), value) for name, value in best.items())
+
+
+def test_data_that_end_within_a_step(tmp_path: Path) -> None:
+    class Five(IterableDataset):
+        def __iter__(self):
+            data = Tokens()
+            return (data[i] for i in range(20))
+
+    trainer = gap_trainer(tmp_path, config=CONFIG, gradient_accumulation_steps=2, train_dataset=Five(), max_steps=12)
+    trainer.train()
+    assert trainer.state.global_step == 12 and trainer.gap.at_target
 
 
 def test_other_methods_have_no_workers() -> None:
