@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
 from gap_hf.methods import get_method
@@ -60,12 +62,11 @@ def keep_counts(targets: Targets, config: GaPConfig) -> dict[str, int]:
         total = num_kept(config.target, sum(units[w.name] for w in free))
         counts.update(zip((w.name for w in free), spread(total, shares), strict=True))
     if config.distribution == "erk":
-        shapes = [matrix_shape(w.shape, w.layout) if w.layout == "conv" else _one_matrix(w) for w in free]
-        found = erk_counts(shapes, [units[w.name] for w in free], config.target)
+        found = erk_counts([_sides_and_matrix(w) for w in free], [units[w.name] for w in free], config.target)
         counts.update(zip((w.name for w in free), found, strict=True))
     return counts
 
 
-def _one_matrix(weight: PrunableWeight) -> tuple[int, int, int]:
+def _sides_and_matrix(weight: PrunableWeight) -> tuple[Sequence[int], int, int]:
     _, outputs, inputs = matrix_shape(weight.shape, weight.layout)
-    return 1, outputs, inputs
+    return weight.shape[2:] if weight.layout == "conv" else (), outputs, inputs

@@ -316,7 +316,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise GaPError(f"{path}: no such file{did_you_mean(str(path), siblings) if siblings else ''}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise GaPError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # of dates that there are not too
         raise GaPError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise GaPError(f"{path}: found {type(data).__name__} at the top, expected a mapping of keys to values")

@@ -54,6 +54,7 @@ def remove_earlier_run(output: Path) -> None:
         "translations.txt",
         "plot.png",
         "preprocessor_config.json",
+        "trainer_state.json",
         CONFIG_NAME,
         MASKS_NAME,
         *weights,

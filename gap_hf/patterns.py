@@ -11,6 +11,7 @@ tiles of rows that do not divide the rows of a process. Of a pool of such weight
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -149,19 +150,19 @@ def random_mask(shape: Sequence[int], pattern: Pattern, keep: int, layout: str, 
     return magnitude_mask(torch.rand(tuple(shape), generator=generator, device="cpu"), pattern, keep, layout)
 
 
-def erk_counts(shapes: Sequence[tuple[int, int, int]], units: Sequence[int], sparsity: Fraction) -> list[int]:
+def erk_counts(shapes: Sequence[tuple[Sequence[int], int, int]], units: Sequence[int], sparsity: Fraction) -> list[int]:
     """Units kept per tensor under Erdős–Rényi-Kernel (Evci et al. 2020), summing to round((1 - s) N) exactly.
 
-    Density goes as (outputs + inputs [+ kernel sides]) / (outputs * inputs * kernel); tensors that would exceed
+    Density goes as (outputs + inputs + kernel sides) / (outputs * inputs * kernel positions); tensors that would exceed
     density 1 stay dense and the rest shares what is left. Fractions are settled by largest remainder.
 
     Args:
-        shapes: (kernel positions or 1, outputs, inputs) per tensor.
+        shapes: (kernel sides, outputs, inputs) per tensor; a matrix has no sides.
         units: Units (weights or blocks) per tensor.
         sparsity: Of all tensors together.
     """
     total = num_kept(sparsity, sum(units))
-    raw = [Fraction(o + i + (b if b > 1 else 0), b * o * i) for b, o, i in shapes]
+    raw = [Fraction(o + i + sum(sides), math.prod(sides) * o * i) for sides, o, i in shapes]
     dense: set[int] = set()
     scale = Fraction(0)
     while len(dense) < len(units):

@@ -155,7 +155,7 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[list[str], Any]]:
         seen[name] = keys
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter for dates that there are not
             raise GaPError(f"{name}: found {text!r}, expected a YAML value: {one_line(error)}") from None
         found.append((keys, value))
     return found

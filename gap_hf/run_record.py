@@ -83,8 +83,9 @@ def read_run(folder: Path, *, measure: bool = True) -> RunRecord:
     # Of two saves of one step, the one at the top is the run's result.
     places.sort(key=lambda place: (_step(headers[place]), place == folder))
     newest = places[-1]
-    states = [place / STATE for place in (folder, *reversed(places)) if (place / STATE).is_file()]
-    log = _log(states[0]) if states else ()
+    # The longest log: the one at the top may be from before training went on.
+    states = [place / STATE for place in {folder: None, **dict.fromkeys(reversed(places))} if (place / STATE).is_file()]
+    log = max(map(_log, states), key=lambda entries: entries[-1]["step"] if entries else -1.0) if states else ()
     if not log:
         raise GaPError(f"{folder}: has no {STATE} with a log, which trainer.save_state() and every checkpoint write")
     by_step = {_step(headers[place]): place for place in places}

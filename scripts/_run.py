@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, get_scheduler
 
 from gap_hf import GaPConfig, GaPError, planning
 from gap_hf.errors import did_you_mean
@@ -103,6 +103,49 @@ def draw_for(seed: int, epoch: int, index: int) -> int:
     A loader makes batches ahead of their use, so that what it drew from a global generator would be drawn again by a resumed run.
     """
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
+
+
+def check_schedule(args: TrainingArguments, total_steps: int, gap: GaPConfig) -> None:
+    """Make the schedule of the rate once, before an earlier run is removed; a warning where it is longer than the run.
+
+    Raises:
+        GaPError: if `lr_scheduler_kwargs` are none that `lr_scheduler_type` takes.
+    """
+    kind, found = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type), args.lr_scheduler_kwargs
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    warmup = args.get_warmup_steps(total_steps)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=stand_in,
+            num_warmup_steps=warmup,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=found,  # type: ignore[arg-type]
+        )
+    except Exception as error:  # whatever a schedule makes of what it is given
+        raise GaPError(
+            f"training.lr_scheduler_kwargs: found {found or 'null'}, which lr_scheduler_type '{kind}' does not take ({one_line(error)})"
+        ) from None
+    decay = (found or {}).get("num_decay_steps", 0) if isinstance(found, dict) else 0
+    if gap.lr_schedule == "whole" and warmup + decay > total_steps:
+        print(
+            f"training.lr_scheduler_kwargs: num_decay_steps is {decay} and warm-up {warmup}, but the run has {total_steps} steps: the "
+            "rate drops where the warm-up ends"
+        )
+
+
+def refuse_other_orders(args: TrainingArguments) -> None:
+    """Predictions are compared with what stands at their places. Raises GaPError where Trainer would give them in another order."""
+    strategy = getattr(args, "train_sampling_strategy", None)
+    if getattr(strategy, "value", strategy) == "group_by_length" or getattr(args, "group_by_length", False):
+        raise GaPError(
+            "training.train_sampling_strategy: 'group_by_length' sorts what is scored too, which no longer matches its references; "
+            "expected random (or data.max_tokens_per_batch, which sorts the training data alone)"
+        )
+    if not args.dataloader_in_order:
+        raise GaPError(
+            "training.dataloader_in_order: found false, under which predictions come in another order than their references; expected true"
+        )
 
 
 @contextmanager

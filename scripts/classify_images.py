@@ -23,7 +23,16 @@ import timm
 import torch
 import transformers
 import yaml
-from _run import RECIPE_FILE, cost_of, dtype_of, read_reference, refuse_persistent_workers, sparsity_of
+from _run import (
+    RECIPE_FILE,
+    check_schedule,
+    cost_of,
+    dtype_of,
+    read_reference,
+    refuse_other_orders,
+    refuse_persistent_workers,
+    sparsity_of,
+)
 from _vision.data import DataSection, load_images
 from _vision.model import ModelSection, check_training, known_format, load_model
 from _vision.prediction import best_names
@@ -98,6 +107,8 @@ def train(recipe: ImageRecipe, *, plan_only: bool = False) -> None:
     cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
     if cost is None:
         return
+    if section.schedule is None:
+        check_schedule(args, total_steps, recipe.gap)
 
     mixup = make_mixup(data, len(splits["train"].classes), args.label_smoothing_factor)
     plain = Batches(data, form, training=False)
@@ -176,6 +187,7 @@ def check_arguments(recipe: ImageRecipe, args: TrainingArguments, *, plan_only: 
             "model.average_decay: contradicts gap.method: parallel, whose replicas would each have an average of their own; expected null"
         )
     refuse_persistent_workers(args)
+    refuse_other_orders(args)
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
 

@@ -29,6 +29,7 @@ from _detection.training import DetectionTrainer
 from _run import (
     RECIPE_FILE,
     SetEpoch,
+    check_schedule,
     cost_of,
     data_seed,
     dtype_of,
@@ -100,6 +101,7 @@ def train(recipe: DetectionRecipe, *, plan_only: bool = False) -> None:
     cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
     if cost is None:
         return
+    check_schedule(args, total_steps, recipe.gap)
 
     trainer = DetectionTrainer(
         model=model,

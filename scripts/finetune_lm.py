@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _run import check_dtype, dtype_of
+from _run import check_dtype, check_schedule, dtype_of
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -69,6 +69,11 @@ class DataSection:
     def __post_init__(self) -> None:
         if (self.train is None) == (self.dataset is None):
             raise GaPError("data.train: expected one of train (a file) and dataset (a name on the Hub)")
+        other, own = ("dev_split", "train") if self.dataset is None else ("dev", "dataset")
+        if getattr(self, other) is not None:
+            raise GaPError(
+                f"data.{other}: found {getattr(self, other)} beside data.{own}, which has no use for it; expected null"
+            )
         for key in ("train", "dev"):
             path = getattr(self, key)
             if path is not None and not path.is_file():
@@ -121,6 +126,11 @@ def run(argv: Sequence[str]) -> None:
     args: SFTConfig = recipe.training_arguments(SFTConfig)
     resume = checkpoint_to_resume(args, overwrite=recipe.overwrite_output_dir)
     train, dev = load_data(recipe.data)
+    if dev is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        raise GaPError(
+            "training.eval_strategy: there is nothing to evaluate; expected no, or data.dev (data.dev_split of a dataset)"
+        )
+    set_seed(args.seed)  # the same weights, whatever came before
     model = load_model(recipe.model, dtype=dtype_of(recipe.model.dtype, recipe.gap, args))
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.tokenizer or recipe.model.checkpoint)
@@ -128,19 +138,27 @@ def run(argv: Sequence[str]) -> None:
         raise GaPError(f"model.tokenizer: {one_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Whatever is wrong about targets or length is said before SFTTrainer tokenizes or writes anything.
+    steps = count_steps(len(train), args)
+    check_schedule(args, 10**9 if steps is None else steps, recipe.gap)
     if not recipe.gap.is_off:
-        # Whatever is wrong about targets or length is said before SFTTrainer tokenizes or writes anything.
         check_model(model, recipe.gap)
-        if (steps := count_steps(len(train), args)) is not None:
+        if steps is not None:
             plan_for(model, recipe.gap, args, total_steps=steps)
-    trainer = GaPSFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=dev,
-        processing_class=tokenizer,
-        gap_config=recipe.gap,
-    )
+    try:
+        trainer = GaPSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=dev,
+            processing_class=tokenizer,
+            gap_config=recipe.gap,
+        )
+    except KeyError as error:  # TRL's, while it tokenizes
+        raise GaPError(
+            f"data.{'train' if recipe.data.train else 'dataset'}: found the columns {', '.join(train.column_names)} and no {error}; expected "
+            "messages, prompt and completion, or text"
+        ) from None
     if resume is None and trainer.is_world_process_zero():
         remove_earlier_run(Path(str(args.output_dir)))
     result = trainer.train(resume_from_checkpoint=resume)

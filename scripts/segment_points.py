@@ -27,7 +27,17 @@ from _points.metrics import best_parts, nearest_neighbour_parts, part_scores
 from _points.model import ModelSection, load_model
 from _points.render import Drawn, draw_clouds, table
 from _points.section import DataSection
-from _run import RECIPE_FILE, SetEpoch, cost_of, data_seed, read_reference, refuse_persistent_workers, sparsity_of
+from _run import (
+    RECIPE_FILE,
+    SetEpoch,
+    check_schedule,
+    cost_of,
+    data_seed,
+    read_reference,
+    refuse_other_orders,
+    refuse_persistent_workers,
+    sparsity_of,
+)
 from transformers import TrainingArguments, set_seed
 
 import gap_hf
@@ -108,6 +118,7 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
     cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
     if cost is None:
         return
+    check_schedule(args, total_steps, recipe.gap)
 
     trainer = PointTrainer(
         model=model,
@@ -170,6 +181,7 @@ def train(recipe: PointRecipe, *, plan_only: bool = False) -> None:
 
 def check_arguments(recipe: PointRecipe, args: TrainingArguments, *, plan_only: bool = False) -> None:
     refuse_persistent_workers(args)
+    refuse_other_orders(args)
     if not recipe.gap.is_off and not plan_only:
         refusals.check_arguments(args, recipe.gap)
     read_reference(recipe.data.reference, ("point_accuracy",))

@@ -25,7 +25,16 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from _run import RECIPE_FILE, cost_of, data_seed, dtype_of, read_reference, sparsity_of
+from _run import (
+    RECIPE_FILE,
+    check_schedule,
+    cost_of,
+    data_seed,
+    dtype_of,
+    read_reference,
+    refuse_other_orders,
+    sparsity_of,
+)
 from _translation.batching import TokenBatches, TokenBatchSampler
 from _translation.data import DataSection, load_pairs
 from _translation.model import ModelSection, load_model, load_tokenizer
@@ -137,6 +146,7 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
     cost = cost_of(recipe, model, args, (total_steps, steps_per_epoch), plan_only=plan_only)
     if cost is None:
         return
+    check_schedule(args, total_steps, recipe.gap)
 
     scorer = Scorer(lowercase=data.lowercase_bleu)
     references = {split: pairs[split]["target"] for split in ("dev", "test")}
@@ -205,6 +215,7 @@ def train(recipe: TranslationRecipe, *, plan_only: bool = False) -> None:
 def check_arguments(recipe: TranslationRecipe, args: Seq2SeqTrainingArguments, *, plan_only: bool = False) -> None:
     if not args.predict_with_generate:
         raise GaPError("training.predict_with_generate: found false, expected true: BLEU is computed on translations")
+    refuse_other_orders(args)
     if args.auto_find_batch_size and recipe.data.max_tokens_per_batch is not None:
         raise GaPError(
             "training.auto_find_batch_size: contradicts data.max_tokens_per_batch, which sets the batches; expected one"
@@ -288,9 +299,10 @@ def score_by_origin(scorer: Scorer, translations: Sequence[str], pairs: Dataset)
     """BLEU, chrF and number of pairs for each value of the origin column; empty where all are from one place."""
     if "origin" not in pairs.column_names or len(set(pairs["origin"])) < 2:
         return {}
-    rows = list(zip(pairs["origin"], translations, pairs["target"], strict=True))
+    names = ["unknown" if name is None else str(name) for name in pairs["origin"]]
+    rows = list(zip(names, translations, pairs["target"], strict=True))
     out = {}
-    for origin in sorted(set(pairs["origin"])):
+    for origin in sorted(set(names)):
         mine = [(text, reference) for name, text, reference in rows if name == origin]
         out[origin] = {**scorer([t for t, _ in mine], [r for _, r in mine]), "pairs": len(mine)}
     return out
@@ -320,6 +332,8 @@ def translate_file(path: Path, folder: Path, output: Path | None, *, batch_size:
         raise GaPError(f"--predict: no such file: {path}")
     if not folder.is_dir():
         raise GaPError(f"--model: no such folder: {folder}")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise GaPError(f"--output: found {output}, expected a file in a folder that exists")
     try:
         # Not splitlines(): it also cuts at U+2028 and form feeds, and then lines no longer match those of the file.
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")

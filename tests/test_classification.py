@@ -240,6 +240,32 @@ def test_splits_are_apart_whole_and_the_same_each_time(idx: Path) -> None:
     assert np.array_equal(first["dev"].labels, second["dev"].labels)
 
 
+def test_what_is_kept_for_the_test_is_kept_while_settings_are_chosen(tmp_path: Path) -> None:
+    pixels = np.arange(80, dtype=np.uint8).repeat(16).reshape(80, 4, 4)
+    np.savez(tmp_path / "a.npz", x=pixels, y=np.arange(80) % 2)
+    chosen, scored = (
+        load_images(DataSection(arrays=tmp_path / "a.npz", images="x", labels="y", score=score))
+        for score in ("dev", "test")
+    )
+    for split in ("train", "dev", "test"):
+        assert np.array_equal(chosen[split].pixels, scored[split].pixels)  # type: ignore[arg-type]
+
+
+def test_labels_that_are_none(tmp_path: Path) -> None:
+    from datasets import Dataset as Rows
+
+    pictures = [Image.fromarray(np.zeros((4, 4, 3), np.uint8)) for _ in range(4)]
+    for labels, sentence in (
+        (["a", "b", "a", "b"], "holds str, expected class numbers"),
+        ([0, 1, -1, 0], "the label -1"),
+    ):
+        folder = tmp_path / str(labels[0])
+        folder.mkdir()
+        Rows.from_dict({"image": pictures, "label": labels}).to_parquet(folder / "train.parquet")
+        with pytest.raises(GaPError, match=sentence):
+            load_images(DataSection(dataset=str(folder), images="image", labels="label"))
+
+
 def test_arrays_and_folders(tmp_path: Path) -> None:
     images, labels = stripes(60, 3)
     colour = np.repeat(images[..., None], 3, axis=3)
@@ -595,6 +621,7 @@ def test_there_are_recipes() -> None:
             ["--gap.method=parallel", "--model.average_decay=0.9"],
             "model.average_decay: contradicts gap.method: parallel",
         ),
+        (["--training.dataloader_in_order=false"], "training.dataloader_in_order: found false"),
         (["--data.auto_augment=rand-m3", "--data.color_jitter=0.2"], "data.color_jitter: timm leaves it out"),
         (["--training.predict_with_generate=true"], "training.predict_with_generate: unknown key"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 
+from gap_hf import GaPError
 from gap_hf.commands.plan import build
 from gap_hf.planning import dtype_of
 from gap_hf.recipe import load_recipe
@@ -119,19 +121,42 @@ def test_a_checkpoint_in_bf16_is_trained_in_fp32(
         ("--model.tokenizer=null", "model.tokenizer: not set"),
         ("--training.max_steps=3", "need at least 4 optimizer steps, but training has 3"),
         ("--data.train=bad.jsonl", "data.train: could not load it"),
+        (
+            "--data.dev=null --training.eval_strategy=steps --training.eval_steps=4",
+            "training.eval_strategy: there is nothing to evaluate",
+        ),
+        ("--data.dev_split=test", "data.dev_split: found test beside data.train"),
+        ("--data.train=other.jsonl --data.dev=null", "found the columns words and no 'text'"),
+        ("--training.lr_scheduler_kwargs={speed: 3}", "which lr_scheduler_type"),
     ],
 )
 def test_errors(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str) -> None:
     import finetune_lm
 
+    (tmp_path / "other.jsonl").write_text('{"words": "fine"}\n' * 20)
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     if "jsonl" in override:
-        override = override.replace("=", f"={tmp_path}/")
-    assert finetune_lm.main([str(recipe), override]) == 2
+        override = override.replace("=", f"={tmp_path}/", 1)
+    assert finetune_lm.main([str(recipe), *re.split(" (?=--)", override)]) == 2
     # The datasets library shows its progress, and its own account of a bad file, before it.
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("finetune_lm.py: error: ") and expected in last
     assert not (tmp_path / "run").exists()
+
+
+def test_the_seed_is_that_of_the_first_weights(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import finetune_lm
+
+    found = []
+
+    def stop(section: Any, dtype: str) -> Any:
+        found.append(torch.rand(4))
+        raise GaPError("enough")
+
+    monkeypatch.setattr(finetune_lm, "load_model", stop)
+    for seed in (1, 2, 1):
+        assert finetune_lm.main([str(recipe), f"--training.seed={seed}"]) == 2
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
 def test_a_used_folder_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -380,14 +380,16 @@ def test_random_masks_reach_every_place_equally() -> None:
 
 # --- ERK -------------------------------------------------------------------------------------------------------------
 
-shapes = st.tuples(st.sampled_from([1, 1, 1, 9, 25]), st.integers(1, 40), st.integers(1, 40))
+sides = st.sampled_from([(), (), (), (1, 1), (3,), (3, 3), (5, 3), (7, 7)])
+shapes = st.tuples(sides, st.integers(1, 40), st.integers(1, 40))
 
 
 @given(shapes=st.lists(shapes, min_size=1, max_size=8), sparsity=st.sampled_from(["0.1", "0.5", "0.8", "0.9", "0.99"]))
-def test_erk(shapes: list[tuple[int, int, int]], sparsity: str) -> None:
+def test_erk(shapes: list[tuple[tuple[int, ...], int, int]], sparsity: str) -> None:
     target = Fraction(sparsity)
-    units = [b * o * i for b, o, i in shapes]
-    raw = [Fraction(o + i + (b if b > 1 else 0), b * o * i) for b, o, i in shapes]
+    units = [int(np.prod([*sides, o, i])) for sides, o, i in shapes]
+    # Evci et al. 2020, section 3: 1 - (n_in + n_out + w + h) / (n_in * n_out * w * h) for convolutions.
+    raw = [Fraction(sum([*sides, o, i]), n) for (sides, o, i), n in zip(shapes, units, strict=True)]
     counts = erk_counts(shapes, units, target)
     total = reference.exact_keep(target, sum(units))
     assert sum(counts) == total
@@ -396,7 +398,7 @@ def test_erk(shapes: list[tuple[int, int, int]], sparsity: str) -> None:
 
 
 def test_erk_makes_larger_layers_sparser() -> None:
-    counts = erk_counts([(1, 64, 64), (1, 256, 256), (1, 4, 4)], [4096, 65536, 16], Fraction(9, 10))
+    counts = erk_counts([((), 64, 64), ((), 256, 256), ((), 4, 4)], [4096, 65536, 16], Fraction(9, 10))
     densities = [k / n for k, n in zip(counts, [4096, 65536, 16], strict=True)]
     assert densities[2] == 1.0
     assert densities[0] > densities[1]

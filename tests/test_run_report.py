@@ -164,6 +164,13 @@ def test_other_methods_and_a_run_that_was_stopped(method: str, tmp_path: Path) -
     assert f"GPT2LMHeadModel, {method}, " in page.words and "18 of 24 steps" in page.words and len(page.pictures) >= 3
 
 
+def test_the_log_is_the_one_that_goes_furthest(run: Path) -> None:
+    state = json.loads((run / "trainer_state.json").read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if entry["step"] <= 8]
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    assert read_run(run, measure=False).log[-1]["step"] == STEPS
+
+
 def test_numbers_that_are_none_are_left_out(run: Path) -> None:
     state = json.loads((run / "trainer_state.json").read_text())
     state["log_history"] += [{"loss": float("nan"), "step": 24}, {"eval_f1": "0.5", "step": 24}, {"eval_f1": 0.25}]

@@ -190,6 +190,17 @@ def test_erk_counts_are_the_references() -> None:
     assert [run.masks.live(name) for name in run.weights] == wanted
 
 
+def test_erk_of_convolutions_counts_the_sides_of_their_kernels() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.Conv2d(16, 64, 1))
+    config = GaPConfig(sparsity=0.8, method="static", distribution="erk", include=("*",))
+    run = Sparsifier(model, config, total_steps=10)
+    run.start()
+    raw = [Fraction(16 + 16 + 3 + 3, 16 * 16 * 9)] * 2 + [Fraction(16 + 64 + 1 + 1, 16 * 64)]
+    units = [2304, 2304, 1024]
+    wanted = reference.erk_counts(raw, units, reference.exact_keep(Fraction(4, 5), sum(units)))
+    assert [run.masks.live(name) for name in run.weights] == wanted
+
+
 def test_a_prune_is_the_references_masks() -> None:
     """Uniform: by tensor; global: the group as one pool."""
     for distribution in ("uniform", "global"):

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
+from transformers import TrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -26,11 +28,13 @@ sys.path.insert(0, str(ROOT / "data" / "demo"))
 
 import make_split  # noqa: E402
 import translate  # noqa: E402
+from _run import check_schedule  # noqa: E402
 from _translation.batching import TokenBatchSampler  # noqa: E402
 from _translation.data import DataSection, load_pairs  # noqa: E402
 from _translation.model import ModelSection  # noqa: E402
 from _translation.scoring import Scorer  # noqa: E402
 
+from gap_hf import GaPConfig  # noqa: E402
 from gap_hf.recipe import load_recipe  # noqa: E402
 
 NUM_TRAIN, STEPS, MAX_TOKENS = 50, 16, 400
@@ -479,6 +483,27 @@ def recipe_arguments(recipe: Any, changes: dict[str, Any]) -> Any:
     return Seq2SeqTrainingArguments(**{**recipe.training, **changes})
 
 
+def test_pairs_of_no_known_origin_are_scored_too() -> None:
+    pairs = Dataset.from_dict({"origin": ["b", None, "a"], "target": ["x", "y", "z"]})
+    found = translate.score_by_origin(Scorer(), ["x", "y", "no"], pairs)
+    assert list(found) == ["a", "b", "unknown"] and found["unknown"]["pairs"] == 1
+
+
+def test_a_schedule_longer_than_the_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    args = TrainingArguments(
+        "unused",
+        use_cpu=True,
+        report_to=[],
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": 800},
+        warmup_steps=200,
+    )
+    check_schedule(args, 2000, GaPConfig(sparsity=0.8))
+    assert not capsys.readouterr().out
+    check_schedule(args, 500, GaPConfig(sparsity=0.8))
+    assert "num_decay_steps is 800 and warm-up 200, but the run has 500 steps" in capsys.readouterr().out
+
+
 def test_the_recorded_dense_run_is_the_demo_without_gap() -> None:
     """Same model, data, steps and settings, or the comparison that the demo prints means nothing."""
     demo, dense = (
@@ -544,6 +569,10 @@ BAD: list[tuple[str, Sequence[str], str]] = [
     ("missing file", ["--data.reference=dense.json"], "no such file"),
     ("missing file", ["--training.resume_from_checkpoint=nowhere"], "no checkpoint"),
     ("missing file", ["--model.tokenizer=./nowhere"], "model.tokenizer"),
+    ("contradiction", ["--training.train_sampling_strategy=group_by_length"], "sorts what is scored too"),
+    ("contradiction", ["--training.lr_scheduler_type=warmup_stable_decay"], "lr_scheduler_kwargs: found null, which"),
+    ("contradiction", ["--training.lr_scheduler_kwargs={num_decay_steps: 3}"], "'linear' does not take"),
+    ("wrong type", ["--training.run_name=2026-13-01"], "training.run_name: found '2026-13-01', expected a YAML value"),
     ("impossible pattern", ["--gap.pattern='3:2'"], "0 < N < M"),
     ("impossible pattern", ["--gap.pattern='2:4'"], "can only be 0.5"),
     ("impossible pattern", ["--gap.pattern=block:5x1"], "5"),

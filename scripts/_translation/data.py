@@ -173,7 +173,7 @@ def _from_file(path: Path, columns: Sequence[str] | None) -> Dataset:
             return Dataset.from_list(list(_json_lines(path)))
         if path.name.endswith((".tsv", ".tsv.gz")):
             return _tsv(path, columns)
-    except (OSError, UnicodeDecodeError, ValueError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, EOFError) as error:
         if isinstance(error, GaPError):
             raise
         raise GaPError(f"{path}: cannot be read: {one_line(error)}") from None
@@ -243,6 +243,15 @@ def _pick_columns(rows: Dataset, data: DataSection, where: str) -> Dataset:
 
 
 def _clean(rows: Dataset) -> Dataset:
-    """Only pairs with text on both sides: an empty reference can neither be learnt nor scored."""
+    """Only pairs with text on both sides: an empty reference can neither be learnt nor scored.
+
+    Raises:
+        GaPError: for what is no text.
+    """
+    for key in ("source", "target"):
+        if (
+            found := next((cell for cell in rows[key] if cell is not None and not isinstance(cell, str)), None)
+        ) is not None:
+            raise GaPError(f"data.{key}: its column holds {type(found).__name__} ({found!r}), expected text")
     keep = [i for i, (s, t) in enumerate(zip(rows["source"], rows["target"], strict=True)) if s and t]
     return rows if len(keep) == len(rows) else rows.select(keep)

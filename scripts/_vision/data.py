@@ -223,7 +223,8 @@ class Images(Dataset):
 
 
 def load_images(data: DataSection) -> dict[str, Images]:
-    """The splits train, dev and test; test is left out where the source has none and `data.score` is dev.
+    """The splits train, dev and test. Where the source has no dev, test is kept apart whatever `data.score` is, so that a run that
+    chooses settings by dev trains on no image of it; one with a dev of its own and no test has none while `data.score` is dev.
 
     Raises:
         GaPError: if a file is missing or broken, or a split would be empty.
@@ -236,7 +237,7 @@ def load_images(data: DataSection) -> dict[str, Images]:
         found = _from_folder(data.folder)
     else:
         found = _from_hub(data)
-    if "test" not in found and data.score == "test":
+    if "test" not in found and (data.score == "test" or "dev" not in found):
         found["train"], found["test"] = _split(found["train"], data.test_share, data.split_seed, "test")
     if "dev" not in found:
         found["train"], found["dev"] = _split(found["train"], data.dev_share, data.split_seed + 1, "dev")
@@ -341,7 +342,17 @@ def _from_hub(data: DataSection) -> dict[str, Images]:
                 hint = did_you_mean(column, rows.column_names)
                 raise GaPError(f"data.{key}: '{data.dataset}' has no column '{column}'{hint}")
         labels = np.array(rows[data.labels])
-        known = getattr(rows.features[data.labels], "names", None) or [str(n) for n in range(int(labels.max()) + 1)]
+        known = getattr(rows.features[data.labels], "names", None)
+        if labels.dtype.kind not in "iu":
+            raise GaPError(
+                f"data.labels: '{data.labels}' of {data.dataset} holds {type(rows[0][data.labels]).__name__}, expected class numbers; "
+                "dataset.class_encode_column makes them of names"
+            )
+        if len(labels) and labels.min() < 0:
+            raise GaPError(
+                f"data.{split}_split: {name} of {data.dataset} has the label {labels.min()}, that is none; expected a split with labels"
+            )
+        known = known or [str(n) for n in range(int(labels.max()) + 1)]
         pictures = rows.select_columns([data.images])
         out[split] = Images(labels, known, open=Reader(pictures))
     return out
