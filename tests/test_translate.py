@@ -34,7 +34,7 @@ from _translation.data import DataSection, load_pairs  # noqa: E402
 from _translation.model import ModelSection  # noqa: E402
 from _translation.scoring import Scorer  # noqa: E402
 
-from gap_hf import GaPConfig  # noqa: E402
+from gap_hf import GaPConfig, GaPError  # noqa: E402
 from gap_hf.recipe import load_recipe  # noqa: E402
 
 NUM_TRAIN, STEPS, MAX_TOKENS = 50, 16, 400
@@ -198,6 +198,18 @@ def test_predict_translates_line_by_line(
     assert translate.main(["--predict", "none.txt", "--model", str(output)]) == 2
     assert translate.main(["--predict", str(source), "--model", "none"]) == 2
     assert translate.main(["--predict", str(source)]) == 2
+    capsys.readouterr()
+    assert translate.main(["--predict", str(source), "--model", str(output), "--output", "no/such/file.txt"]) == 2
+    assert "--output: found no/such/file.txt, expected a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_columns_that_hold_no_text(folder: Path) -> None:
+    rows = [{"en": number, "de": "eins"} for number in range(3)]
+    for split in ("train", "dev", "test"):
+        (folder / f"{split}.tsv").unlink()
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(GaPError, match=r"data.source: its column holds int \(0\), expected text"):
+        load_pairs(DataSection(source="en", target="de", folder=folder))
 
 
 def test_resume_in_the_middle_of_an_epoch_ends_the_same(finished: tuple[Path, str], folder: Path) -> None:
