@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gap_hf import checkpoint
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 from gap_hf.packed.layout import PackedError, unpack
 from gap_hf.packed.loading import METHOD, SUFFIX, PackedConfig, check_files, packed_keys
 from gap_hf.packed.reader_files import LAYOUT, READER
@@ -105,18 +105,35 @@ def unpacked(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files, if all goes well, replace those of the same name in `folder` and its weights."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        made = Path(scratch) / "new"
-        made.mkdir()
-        yield made
-        folder.mkdir(exist_ok=True)
-        stale = [*folder.glob("model*.safetensors*"), folder / checkpoint.MASKS_NAME, folder / checkpoint.CONFIG_NAME]
-        for path in (*stale, *(folder / name for name in READER_FILES)):
-            path.unlink(missing_ok=True)
-        for path in made.iterdir():
-            os.replace(path, folder / path.name)
+    """A scratch folder whose files, if all goes well, replace those of the same name in `folder` and its weights.
+
+    It lies hidden inside `folder`, which may be a mount: files are only moved within one file system. New ones come before old
+    ones go.
+
+    Raises:
+        GaPError: if a file cannot be written or moved.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".gap_new.") as scratch:
+            made = Path(scratch) / "new"
+            made.mkdir()
+            yield made
+            stale = [*folder.glob("model*.safetensors*"), folder / checkpoint.MASKS_NAME]
+            stale += [folder / name for name in (checkpoint.CONFIG_NAME, *READER_FILES)]
+            moved = {folder / path.name: path for path in made.iterdir()}
+            for path, new in moved.items():
+                os.replace(new, path)
+            for path in stale:
+                if path not in moved:
+                    path.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise GaPError(f"{folder}: cannot be written: {first_line(error)}") from error
+    finally:
+        if is_new:
+            with suppress(OSError):  # it holds what was saved
+                folder.rmdir()
 
 
 def copy(source: Path, target: Path) -> None:
