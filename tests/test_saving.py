@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -184,6 +185,60 @@ def test_a_changed_file_is_refused_before_anything_is_used(tmp_path: Path) -> No
         AutoModelForCausalLM.from_pretrained(config.parent)
 
 
+class Moves:
+    """os.replace of a machine where `folder` is a file system of its own; so many files can be moved into it."""
+
+    real = staticmethod(os.replace)
+
+    def __init__(self, folder: Path, allowed: int) -> None:
+        self.folder, self.allowed = folder.resolve(), allowed
+
+    def __call__(self, source: str | Path, target: str | Path) -> None:
+        inside = [Path(path).resolve().is_relative_to(self.folder) for path in (source, target)]
+        if inside[0] != inside[1]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        if Path(target).parent.resolve() == self.folder:
+            self.allowed -= 1
+            if self.allowed < 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.real(source, target)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    model = gpt2()
+    sparsifier = pruned(model)
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mount")
+    (tmp_path / "mount" / "notes.txt").write_text("of somebody")
+    save(model, tmp_path / "link", sparsifier, max_shard_size="100KB")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "mount").iterdir()}
+    # Nothing can be moved in, or one file: what was there is still there.
+    for allowed in (0, 1):
+        monkeypatch.setattr(os, "replace", Moves(tmp_path / "link", allowed))
+        with pytest.raises(GaPError, match=r"link: cannot be written: \[Errno 5\]"):
+            save(model, tmp_path / "link", sparsifier, packed=packed)
+        after = {path.name: path.read_bytes() for path in (tmp_path / "mount").iterdir()}
+        assert before.keys() <= after.keys() and len(after.keys() - before.keys()) <= allowed
+        assert sum(after[name] != data for name, data in before.items()) <= allowed
+    monkeypatch.setattr(os, "replace", Moves(tmp_path / "link", 100))
+    save(model, tmp_path / "link", sparsifier, packed=packed)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "mount"), model)
+    assert [path.name for path in (tmp_path / "mount").glob("model*")] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mount", "link"}
+
+
+def test_a_folder_that_nothing_came_of_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gpt2()
+    monkeypatch.setattr(os, "replace", Moves(tmp_path / "new", 0))
+    with pytest.raises(GaPError, match="new: cannot be written"):
+        save(model, tmp_path / "new", pruned(model))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(GaPError, match="file: cannot be written"):
+        save(model, tmp_path / "file", pruned(model))
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
 def test_masks_that_are_not_the_models_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     model = gpt2()
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -195,6 +250,26 @@ def test_masks_that_are_not_the_models_are_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(GaPError, match="expected \\(64, 256\\)"):
         save(model, tmp_path / "x", {name: torch.ones(3)}, packed=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_masked_weights_that_training_left_at_negative_zero(tmp_path: Path) -> None:
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters())
+    gap = GaPConfig(sparsity=0.8, method="gmp", optimizer_reset="none")
+    sparsifier = Sparsifier(model, gap, total_steps=20, optimizer=optimizer)
+    sparsifier.start()
+    ids = torch.arange(16).unsqueeze(0)
+    for step in range(20):
+        model(input_ids=ids).logits.square().mean().backward()
+        sparsifier.mask_gradients()
+        optimizer.step()
+        sparsifier.mask_weights()
+        optimizer.zero_grad()
+        sparsifier.advance(step + 1)
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert (weight[sparsifier.masks["transformer.h.0.mlp.c_fc.weight"] == 0].signbit()).any()
+    save(model, tmp_path, sparsifier, packed=True)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("packed", [False, True])

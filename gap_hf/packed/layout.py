@@ -218,7 +218,7 @@ def _expand(grid: np.ndarray, header: MaskHeader) -> np.ndarray:
 def pack(
     weight: Tensor, mask: Tensor, *, block: Sequence[int] | None = None, coding: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pack one tensor; `unpack` gives it back bit for bit.
+    """Pack one tensor; `unpack` gives it back bit for bit, and +0 for every masked weight.
 
     Args:
         weight: Dense, any dtype.
@@ -230,15 +230,17 @@ def pack(
         The live values, 1-D in row-major order, and the mask, 1-D uint8.
 
     Raises:
-        PackedError: if a masked weight is not +0, or the mask is not made of such blocks.
+        PackedError: if a masked weight is not 0, or the mask is not made of such blocks.
     """
     import torch  # here and below: those that only read masks do not wait for it
 
     if tuple(mask.shape) != tuple(weight.shape) or not weight.numel():
         raise PackedError(f"the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
     live = (mask.detach().cpu() != 0).numpy()
-    bytes_of = weight.detach().cpu().contiguous().view(torch.uint8).reshape(*weight.shape, -1).numpy()
-    if np.count_nonzero(bytes_of, axis=-1)[~live].any():
+    masked = weight.detach().cpu()[torch.from_numpy(~live)].view(torch.uint8).reshape(-1, weight.element_size()).numpy()
+    if weight.is_floating_point() and weight.element_size() > 1:
+        masked[:, -1] &= 0x7F  # the sign: a product with a mask makes -0 of what was negative
+    if masked.any():
         raise PackedError("a masked weight is not 0")
     shape = tuple(weight.shape)
     header = MaskHeader(shape, tuple(block or [1] * len(shape)), int(live.sum()), RAW, 0)
