@@ -66,9 +66,13 @@ def _by_parameter(folder: Path, masks: Mapping[str, Tensor], names: set[str]) ->
     transformers.logging.set_verbosity_error()  # it would warn of every weight that has no mask
     try:
         state = {key: mask.to(torch.float32) for key, mask in masks.items()}
-        model = cls.from_pretrained(None, config=config, state_dict=state)
+        model, info = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     finally:
         transformers.logging.set_verbosity(level)
+    if missing := sorted(names & info["missing_keys"]):
+        raise GaPError(
+            f"{folder}: {checkpoint.CONFIG_NAME} records a mask of '{missing[0]}', which its files do not hold"
+        )
     return {name: model.get_parameter(name).detach().to(torch.uint8) for name in sorted(names)}
 
 

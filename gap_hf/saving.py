@@ -40,14 +40,20 @@ def save_pretrained(
         folder: Made if need be; weights and masks of an earlier save in it are replaced.
         masks: What trained it (`trainer.gap`), or masks by parameter name: of the parameter's shape, not 0 is live.
         packed: Which form.
-        **kwargs: For `model.save_pretrained`, such as ``max_shard_size``.
+        **kwargs: For `model.save_pretrained`, such as ``max_shard_size``; with ``is_main_process=False`` nothing is written.
 
     Raises:
-        GaPError: if a mask is of no parameter, or a masked weight is not 0. Nothing is written then.
+        GaPError: if a mask is of no parameter, a masked weight is not 0, or it is to be pushed. Nothing is written then.
     """
+    if kwargs.get("push_to_hub"):
+        raise GaPError(
+            "push_to_hub: found True, expected a save alone; publish with trainer.push_to_hub or `gap-hf push`"
+        )
     named = {n: masks.masks[n] for n in masks.weights} if isinstance(masks, Sparsifier) else dict(masks)
     sparse = {name: mask for name, mask in named.items() if mask is not None}
     _check(model, sparse)
+    if not kwargs.get("is_main_process", True):
+        return
     with replaced(Path(folder)) as made:
         model.save_pretrained(made, **kwargs)
         if isinstance(masks, Sparsifier):
@@ -55,16 +61,19 @@ def save_pretrained(
         else:
             checkpoint.write_masks(made, {n: (mask != 0).to(torch.uint8) for n, mask in sparse.items()})
         if packed:
-            _pack(model, made, sparse, parse_pattern(masks.config.pattern) if isinstance(masks, Sparsifier) else None)
+            pattern = parse_pattern(masks.config.pattern) if isinstance(masks, Sparsifier) else None
+            _pack(model, made, sparse, pattern, original=kwargs.get("save_original_format", True))
     change_form(Path(folder), packed=packed)
 
 
-def _pack(model: PreTrainedModel, made: Path, masks: Mapping[str, Tensor], pattern: Pattern | None) -> None:
+def _pack(
+    model: PreTrainedModel, made: Path, masks: Mapping[str, Tensor], pattern: Pattern | None, *, original: bool
+) -> None:
     # transformers renames and splits masks as it does weights, so that they are under the file's own keys.
     with tempfile.TemporaryDirectory(dir=made.parent) as bits:
         params = dict(model.named_parameters())
         state = {n: (m != 0).to(params[n].device, params[n].dtype) for n, m in masks.items()}
-        model.save_pretrained(bits, state_dict=state)
+        model.save_pretrained(bits, state_dict=state, save_original_format=original)
         files = {key: path for path in weight_files(Path(bits)) for key in keys_of(path)}
 
         def mask_of(key: str, tensor: Tensor) -> Tensor | None:

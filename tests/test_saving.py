@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import Tokens, causal_lm
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +27,8 @@ from transformers import (
 from gap_hf import GaPConfig, GaPError, GaPTrainer, Sparsifier, load_masks
 from gap_hf import save_pretrained as save
 from gap_hf.packed.layout import PackedError
+from gap_hf.packed.loading import sha256
+from gap_hf.recorded import verify_folder
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -104,6 +107,45 @@ def test_experts_that_a_file_holds_one_by_one(tmp_path: Path) -> None:
     assert same(loaded, model)
     loaded.save_pretrained(tmp_path / "b")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), model)
+
+
+def test_experts_under_the_names_of_the_model(tmp_path: Path) -> None:
+    model = mixtral()
+    sparsifier = pruned(model)
+    save(model, tmp_path, sparsifier, packed=True, save_original_format=False)
+    assert verify_folder(tmp_path)["tensors"] == len(sparsifier.weights)
+    masks = load_masks(tmp_path)
+    assert all(torch.equal(masks[name], sparsifier.masks[name]) for name in sparsifier.weights)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_masks_that_the_files_do_not_hold_are_not_made_up(tmp_path: Path) -> None:
+    model = mixtral()
+    save(model, tmp_path, pruned(model), packed=True)
+    path = tmp_path / "model.safetensors"
+    tensors = {k: v for k, v in load_file(path).items() if "experts" not in k}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["files"] = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        GaPError, match=r"records a mask of 'model\.layers\.0\.mlp\.experts\.down_proj', which its files do"
+    ):
+        load_masks(tmp_path)
+
+
+def test_what_is_for_other_processes_or_for_the_hub_is_not_written(tmp_path: Path) -> None:
+    model = gpt2()
+    sparsifier = pruned(model)
+    for packed in (False, True):
+        save(model, tmp_path / "none", sparsifier, packed=packed, is_main_process=False)
+        with pytest.raises(GaPError, match=r"push_to_hub: found True.*trainer\.push_to_hub or `gap-hf push`"):
+            save(model, tmp_path / "none", sparsifier, packed=packed, push_to_hub=True)
+    assert not (tmp_path / "none").exists()
+    save(model, tmp_path / "there", sparsifier)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    save(model, tmp_path / "there", sparsifier, packed=True, is_main_process=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
 
 
 def test_blocks_take_a_bit_each(tmp_path: Path) -> None:
