@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,15 @@ from safetensors.torch import load_file, save_file
 from toys import Tokens, causal_lm
 from transformers import (
     AutoModelForCausalLM,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    NomicBertConfig,
+    NomicBertModel,
+    PreTrainedModel,
     TrainingArguments,
 )
 
@@ -51,6 +57,28 @@ def mixtral() -> MixtralForCausalLM:
             vocab_size=100,
             max_position_embeddings=64,
         )
+    )
+
+
+def dinov2() -> Dinov2ForImageClassification:
+    torch.manual_seed(0)
+    return Dinov2ForImageClassification(
+        Dinov2Config(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            num_labels=3,
+            use_swiglu_ffn=True,
+        )
+    )
+
+
+def nomic() -> NomicBertModel:
+    torch.manual_seed(0)
+    return NomicBertModel(
+        NomicBertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64)
     )
 
 
@@ -107,6 +135,22 @@ def test_experts_that_a_file_holds_one_by_one(tmp_path: Path) -> None:
     assert same(loaded, model)
     loaded.save_pretrained(tmp_path / "b")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), model)
+
+
+@pytest.mark.parametrize("make", [dinov2, nomic])
+def test_weights_that_a_file_holds_fused(tmp_path: Path, make: Callable[[], PreTrainedModel]) -> None:
+    model = make()
+    save(model, tmp_path / "a", pruned(model), packed=True)
+    keys = load_file(tmp_path / "a" / "model.safetensors").keys()
+    assert any(key.endswith(("weights_in.weight_mask", "Wqkv.weight_mask")) for key in keys)
+    loaded = type(model).from_pretrained(tmp_path / "a")
+    assert same(loaded, model)
+    loaded.save_pretrained(tmp_path / "b")
+    assert same(type(model).from_pretrained(tmp_path / "b"), model)
+    model.save_pretrained(tmp_path / "c")
+    assert (
+        load_file(tmp_path / "b" / "model.safetensors").keys() == load_file(tmp_path / "c" / "model.safetensors").keys()
+    )
 
 
 def test_experts_under_the_names_of_the_model(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ METHOD = "gap_hf"
 VERSION = 1
 SUFFIX = "_mask"
 _MAX_HEADER = 100_000_000
+_DOT = "\\."  # as a pattern may end
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -103,6 +104,8 @@ def packed_keys(path: str | Path) -> set[str]:
 class Unpack(ConversionOps):
     """Values and masks to dense tensors; what has no mask passes. The first of a converter's operations."""
 
+    supports_many_to_many = True  # values and masks, of which others make several tensors
+
     @torch.no_grad()
     def convert(
         self,
@@ -160,6 +163,21 @@ def _plain(pattern: str) -> str:
     return pattern.removesuffix("$")
 
 
+def _unpacking(converter: Any, leaf: str | None = None) -> UnpackingConverter:
+    """A converter that unpacks first; with a leaf, of what ends in it after the converter's own patterns."""
+    sources, targets = (
+        [pattern if leaf is None else f"{pattern.rstrip(_DOT)}.{leaf}" for pattern in patterns]
+        for patterns in (converter._original_source_patterns, converter._original_target_patterns)
+    )
+    # Masks first: a pattern without an end, as transformers 5.17 has them, would match both.
+    masks = [f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]
+    ours = UnpackingConverter([*masks, *sources], targets, [Unpack(), *converter.operations])
+    for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+        if hasattr(converter, name):
+            setattr(ours, name, getattr(converter, name))
+    return ours
+
+
 class PackedQuantizer(HfQuantizer):
     """Gives transformers' loader the operations that unpack, after every file was checked."""
 
@@ -190,16 +208,14 @@ class PackedQuantizer(HfQuantizer):
         for converter in weight_conversions:
             sources = getattr(converter, "_original_source_patterns", [])
             if isinstance(converter, WeightConverter) and any(_plain(s).endswith(tuple(leaves)) for s in sources):
-                # Masks first: a pattern without an end, as transformers 5.17 has them, would match both.
-                masks = [f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]
-                ours = UnpackingConverter(
-                    [*masks, *sources], converter._original_target_patterns, [Unpack(), *converter.operations]
-                )
-                for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
-                    if hasattr(converter, name):
-                        setattr(ours, name, getattr(converter, name))
+                ours = _unpacking(converter)
                 self._originals[id(ours)] = converter
                 converter = ours
+            elif isinstance(converter, WeightConverter) and not any(s.endswith("$") for s in sources):
+                # Such as ``attn.Wqkv``, with anything after it: of that, what is packed comes first, and its biases remain.
+                ahead = [_unpacking(converter, leaf) for leaf in leaves]
+                self._originals |= {id(ours): converter for ours in ahead}
+                updated += ahead
             updated.append(converter)
         own = [UnpackingConverter([f"{leaf}$", f"{leaf}{SUFFIX}$"], leaf, [UnpackOne()]) for leaf in leaves]
         self._originals |= {id(converter): None for converter in own}
@@ -210,7 +226,7 @@ class PackedQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         if conversions is not None:
             restored = [self._originals.get(id(c), c) for c in conversions]
-            model._weight_conversions = [c for c in restored if c is not None]
+            model._weight_conversions = list({id(c): c for c in restored if c is not None}.values())
         if "AutoConfig" in (getattr(model.config, "auto_map", None) or {}):
             del model.config.auto_map
         return model
