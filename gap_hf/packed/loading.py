@@ -43,6 +43,8 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(self, version: int = VERSION, files: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version
+        if not isinstance(files, Mapping | None):
+            raise PackedError(f"quantization_config.files is {type(files).__name__}, expected an object of file names")
         self.files = dict(files or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def packed_keys(path: str | Path) -> set[str]:
             raise PackedError(f"{Path(path).name}: is not a safetensors file")
         try:
             keys = json.loads(file.read(length)).keys()
-        except (ValueError, AttributeError):
+        except (ValueError, RecursionError, AttributeError):
             raise PackedError(f"{Path(path).name}: its header is not JSON") from None
     return {key for key in keys if key + SUFFIX in keys}
 
