@@ -106,8 +106,6 @@ def packed_keys(path: str | Path) -> set[str]:
 class Unpack(ConversionOps):
     """Values and masks to dense tensors; what has no mask passes. The first of a converter's operations."""
 
-    supports_many_to_many = True  # values and masks, of which others make several tensors
-
     @torch.no_grad()
     def convert(
         self,
@@ -153,6 +151,11 @@ class UnpackOne(Unpack):
 
 class UnpackingConverter(WeightConverter):
     """A converter that is cheap to copy: transformers copies it for every tensor, and only what it collects is its own."""
+
+    def __init__(self, source_patterns: Any, target_patterns: Any, operations: list[ConversionOps]) -> None:
+        # Not WeightConverter's, which lets only sources or only targets be several: every source has its mask beside it.
+        super(WeightConverter, self).__init__(source_patterns, target_patterns)
+        self.operations, self.force_cpu = operations, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UnpackingConverter:
         one = copy.copy(self)
