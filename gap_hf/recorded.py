@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def load_masks(source: str | Path, *, revision: str | None = None, token: str | 
     for path in weight_files(folder):
         with one_sentence(path), safe_open(path, "pt") as file:
             for key in sorted(packed_keys(path)):
-                mask = dense_mask(file.get_tensor(key + SUFFIX).numpy())
+                num_values = math.prod(file.get_slice(key).get_shape())
+                mask = dense_mask(file.get_tensor(key + SUFFIX).numpy(), num_values)
                 masks[key] = torch.from_numpy(mask).to(torch.uint8)
     if not (folder / checkpoint.CONFIG_NAME).is_file():
         return masks
