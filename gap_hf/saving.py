@@ -33,7 +33,8 @@ def save_pretrained(
 
     The dense form loads anywhere. The packed one (docs/format.md) holds the values of live weights and a coded bit for each weight; it loads
     with ``import gap_hf`` before the usual ``from_pretrained``, or with ``trust_remote_code=True`` where gap_hf is not installed,
-    and fails on its shapes otherwise.
+    and fails on its shapes otherwise, unless transformers is told to ignore these: with ``ignore_mismatched_sizes=True`` and no reader it
+    warns and gives random weights.
 
     Args:
         model: Whole, in this process.

@@ -33,7 +33,7 @@ from transformers import (
 from gap_hf import GaPConfig, GaPError, GaPTrainer, Sparsifier, load_masks
 from gap_hf import save_pretrained as save
 from gap_hf.packed.layout import PackedError
-from gap_hf.packed.loading import sha256
+from gap_hf.packed.loading import _COMPARES_SHAPES, sha256
 from gap_hf.recorded import verify_folder
 
 
@@ -151,6 +151,23 @@ def test_weights_that_a_file_holds_fused(tmp_path: Path, make: Callable[[], PreT
     assert (
         load_file(tmp_path / "b" / "model.safetensors").keys() == load_file(tmp_path / "c" / "model.safetensors").keys()
     )
+
+
+@pytest.mark.skipif(not _COMPARES_SHAPES, reason="this transformers compares no shapes where there is a quantizer")
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_head_of_another_size_is_a_mismatch_as_it_is_of_a_dense_model(tmp_path: Path, masked: bool) -> None:
+    model = dinov2()
+    sparsifier = pruned(model)
+    masks: dict[str, torch.Tensor] = {n: m for n in sparsifier.weights if (m := sparsifier.masks[n]) is not None}
+    if masked:
+        masks["classifier.weight"] = torch.ones_like(model.classifier.weight)
+    save(model, tmp_path, masks, packed=True)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path, num_labels=10)
+    loaded = type(model).from_pretrained(tmp_path, num_labels=10, ignore_mismatched_sizes=True)
+    assert loaded.classifier.weight.shape == (10, 64)
+    assert loaded.classifier.weight.isfinite().all() and loaded.classifier.weight.any()
+    assert same(loaded.dinov2, model.dinov2)
 
 
 def test_experts_under_the_names_of_the_model(tmp_path: Path) -> None:

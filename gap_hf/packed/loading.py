@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import mmap
 import struct
@@ -18,17 +19,19 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, set_param_for_module
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gap_hf.packed.layout import PackedError, unpack
+from gap_hf.packed.layout import PackedError, parse_mask, unpack
 
 METHOD = "gap_hf"
 VERSION = 1
 SUFFIX = "_mask"
 _MAX_HEADER = 100_000_000
+# Where there is a quantizer, transformers 5.17 does not.
+_COMPARES_SHAPES = "param_needs_quantization" in inspect.unwrap(set_param_for_module).__code__.co_names
 _DOT = "\\."  # as a pattern may end
 
 
@@ -131,7 +134,9 @@ class Unpack(ConversionOps):
 
 
 class UnpackOne(Unpack):
-    """The same for a tensor that no other operation follows, so that its shape can be compared with the model's."""
+    """The same for a tensor that no other operation follows, so that its shape is compared with the model's before memory is
+    taken by it. One of another shape is a mismatch, as it is in a dense file.
+    """
 
     def convert(
         self,
@@ -141,11 +146,17 @@ class UnpackOne(Unpack):
         model: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        ((_, (tensor,)),) = super().convert(input_dict, full_layer_name=full_layer_name, model=model).items()
         assert full_layer_name is not None
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        mask = next((value for key, value in tensors.items() if _plain(key).endswith(SUFFIX)), None)
+        shape = next(iter(tensors.values())).shape if mask is None else parse_mask(mask.cpu().numpy()).shape
         expected = model.get_parameter_or_buffer(full_layer_name).shape
-        if tensor.shape != expected:
-            raise PackedError(f"{full_layer_name}: has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+        if shape == expected:
+            ((_, (tensor,)),) = super().convert(input_dict).items()
+        elif _COMPARES_SHAPES:
+            tensor = torch.empty(shape, device="meta")
+        else:
+            raise PackedError(f"{full_layer_name}: has shape {tuple(shape)}, expected {tuple(expected)}")
         return {full_layer_name: tensor}
 
 
