@@ -11,12 +11,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from gap_hf import checkpoint
 from gap_hf.card_loading import change_form
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.folder_files import keys_of, replaced, weight_files
 from gap_hf.folders import pack_in_place
+from gap_hf.packed.loading import SUFFIX, PackedConfig, PackedQuantizer, UnpackingConverter, packed_keys
 from gap_hf.pattern_names import Pattern, parse_pattern
 from gap_hf.sparsifier import Sparsifier
 
@@ -44,7 +47,8 @@ def save_pretrained(
         **kwargs: For `model.save_pretrained`, such as ``max_shard_size``; with ``is_main_process=False`` nothing is written.
 
     Raises:
-        GaPError: if a mask is of no parameter, a masked weight is not 0, or it is to be pushed. Nothing is written then.
+        GaPError: if a mask is of no parameter, a masked weight is not 0, it is to be pushed, or its packed form could not be loaded.
+            Nothing is written then.
     """
     if kwargs.get("push_to_hub"):
         raise GaPError(
@@ -84,6 +88,31 @@ def _pack(
                 return file.get_tensor(key)
 
         pack_in_place(made, mask_of, pattern)
+    _check_loads(model, made)
+
+
+def _check_loads(model: PreTrainedModel, made: Path) -> None:
+    """Refuse what `from_pretrained` would not unpack, by the names and conversions that it goes by."""
+    keys = {key for path in weight_files(made) for key in packed_keys(path)}
+    quantizer = PackedQuantizer(PackedConfig())
+    quantizer.keys = keys
+    rules = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    state = model.state_dict()
+    for key in sorted(keys):
+        (name, values), (other, mask) = (
+            rename_source_key(found, renamings, converters, model.base_model_prefix, state)
+            for found in (key, key + SUFFIX)
+        )
+        converter = by_pattern.get(values or "")
+        unpacks = isinstance(converter, UnpackingConverter) and by_pattern.get(mask or "") is converter
+        if not unpacks or name != other or name not in state:
+            raise GaPError(
+                f"{type(model).__name__}: its files name a weight '{key}', which transformers would not unpack; expected "
+                "packed=False, or save_original_format=False for the model's own names"
+            )
 
 
 def _check(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:

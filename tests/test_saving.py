@@ -33,7 +33,7 @@ from transformers import (
 from gap_hf import GaPConfig, GaPError, GaPTrainer, Sparsifier, load_masks
 from gap_hf import save_pretrained as save
 from gap_hf.packed.layout import PackedError
-from gap_hf.packed.loading import _COMPARES_SHAPES, sha256
+from gap_hf.packed.loading import _COMPARES_SHAPES, PackedQuantizer, sha256
 from gap_hf.recorded import verify_folder
 
 
@@ -151,6 +151,25 @@ def test_weights_that_a_file_holds_fused(tmp_path: Path, make: Callable[[], PreT
     assert (
         load_file(tmp_path / "b" / "model.safetensors").keys() == load_file(tmp_path / "c" / "model.safetensors").keys()
     )
+
+
+def test_what_could_not_be_loaded_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nomic()
+    sparsifier = pruned(model)
+    own = PackedQuantizer.update_weight_conversions
+
+    def without(self: PackedQuantizer, rules: list[object], model: object = None) -> list[object]:
+        """As if no fused weight were known; the rest is unpacked."""
+        return [*rules, *own(self, [], model)]
+
+    monkeypatch.setattr(PackedQuantizer, "update_weight_conversions", without)
+    with pytest.raises(
+        GaPError, match=r"NomicBertModel: its files name a weight '.*Wqkv\.weight', which transformers would not"
+    ):
+        save(model, tmp_path / "packed", sparsifier, packed=True)
+    assert not (tmp_path / "packed").exists()
+    save(model, tmp_path / "packed", sparsifier, packed=True, save_original_format=False)
+    assert same(NomicBertModel.from_pretrained(tmp_path / "packed"), model)
 
 
 @pytest.mark.skipif(not _COMPARES_SHAPES, reason="this transformers compares no shapes where there is a quantizer")

@@ -201,7 +201,7 @@ class PackedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._keys: set[str] = set()
+        self.keys: set[str] = set()
         self._dtype: torch.dtype | None = None
         self._originals: dict[int, Any] = {}
 
@@ -211,7 +211,7 @@ class PackedQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise PackedError("a packed model cannot be sharded while it is loaded; unpack it first (gap-hf unpack)")
         check_files(checkpoint_files, self.quantization_config)  # type: ignore[arg-type]
-        self._keys = set().union(*map(packed_keys, checkpoint_files))
+        self.keys = set().union(*map(packed_keys, checkpoint_files))
         self._dtype = dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -219,7 +219,7 @@ class PackedQuantizer(HfQuantizer):
         return dtype if name.startswith(("F", "BF")) or "float" in name else None
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
-        leaves = sorted({key.rpartition(".")[2] for key in self._keys})
+        leaves = sorted({key.rpartition(".")[2] for key in self.keys})
         updated = []
         for converter in weight_conversions:
             sources = getattr(converter, "_original_source_patterns", [])
