@@ -272,10 +272,10 @@ def _check_there(folder: Path) -> None:
 
 def _read_masks(folder: Path, header: dict[str, Any]) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
     """Masks and last-prune masks of a folder, compared with what its header says."""
-    if (found := _sha256(folder / MASKS_NAME)) != header["masks_sha256"]:
+    recorded = header.get("masks_sha256")
+    if (found := _sha256(folder / MASKS_NAME)) != recorded:
         raise GaPError(
-            f"{folder / MASKS_NAME}: SHA-256 is {found[:12]}…, expected {str(header['masks_sha256'])[:12]}… as "
-            f"{CONFIG_NAME} records"
+            f"{folder / MASKS_NAME}: SHA-256 is {found[:12]}…, expected {str(recorded)[:12]}… as {CONFIG_NAME} records"
         )
     try:
         tensors = load_file(folder / MASKS_NAME)
@@ -304,7 +304,7 @@ def _read_masks(folder: Path, header: dict[str, Any]) -> tuple[dict[str, Tensor 
 def _read_header(path: Path, *, to_resume: bool = True) -> dict[str, Any]:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise GaPError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(header, dict) or header.get("format") != "gap_hf":
         raise GaPError(f'{path}: not written by gap_hf; expected "format": "gap_hf"')
@@ -319,7 +319,7 @@ def _read_header(path: Path, *, to_resume: bool = True) -> dict[str, Any]:
         "levels": list,
         "updates_done": int,
     }
-    types = {"weights": list, **(run if to_resume else {})}
+    types = {"weights": list, **(run if to_resume else {"config": dict} if "config" in header else {})}
     for key, kind in types.items():
         if not isinstance(header.get(key), kind):
             raise GaPError(f"{path}: '{key}' is {type(header.get(key)).__name__}, expected {kind.__name__}")

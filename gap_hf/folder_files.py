@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gap_hf import checkpoint
-from gap_hf.errors import GaPError
+from gap_hf.errors import GaPError, first_line
 from gap_hf.packed.layout import PackedError, unpack
-from gap_hf.packed.loading import METHOD, SUFFIX, PackedConfig, check_files, packed_keys
+from gap_hf.packed.loading import METHOD, SUFFIX, VERSION, PackedConfig, check_files, packed_keys
 from gap_hf.packed.reader_files import LAYOUT, READER
 
 CONFIG = "config.json"
@@ -41,15 +41,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         GaPError: if it is missing or not a JSON object.
     """
+    if not (folder / CONFIG).exists():
+        raise GaPError(f"{folder}: has no {CONFIG}; expected the folder of a saved model")
+    return _read_object(folder / CONFIG)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GaPError(f"{folder}: has no {CONFIG}; expected the folder of a saved model") from None
-    except ValueError as error:
-        raise GaPError(f"{folder / CONFIG}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise GaPError(f"{folder / CONFIG}: holds {type(config).__name__}, expected an object")
-    return config
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise GaPError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise GaPError(f"{path}: holds {type(found).__name__}, expected an object")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -83,9 +87,9 @@ def check_packed(folder: Path) -> PackedConfig:
     """
     if not is_packed(folder):
         raise GaPError(f"{folder}: is not packed; {CONFIG} has no quantization_config of gap_hf")
-    recorded = {k: v for k, v in read_config(folder)["quantization_config"].items() if k != "quant_method"}
-    config = PackedConfig(**recorded)
+    recorded = read_config(folder)["quantization_config"]
     with one_sentence(folder):
+        config = PackedConfig(recorded.get("version", VERSION), recorded.get("files"))
         check_files(weight_files(folder), config)
     return config
 
@@ -105,18 +109,35 @@ def unpacked(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files, if all goes well, replace those of the same name in `folder` and its weights."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        made = Path(scratch) / "new"
-        made.mkdir()
-        yield made
-        folder.mkdir(exist_ok=True)
-        stale = [*folder.glob("model*.safetensors*"), folder / checkpoint.MASKS_NAME, folder / checkpoint.CONFIG_NAME]
-        for path in (*stale, *(folder / name for name in READER_FILES)):
-            path.unlink(missing_ok=True)
-        for path in made.iterdir():
-            os.replace(path, folder / path.name)
+    """A scratch folder whose files, if all goes well, replace those of the same name in `folder` and its weights.
+
+    It lies hidden inside `folder`, which may be a mount: files are only moved within one file system. New ones come before old
+    ones go.
+
+    Raises:
+        GaPError: if a file cannot be written or moved.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".gap_new.") as scratch:
+            made = Path(scratch) / "new"
+            made.mkdir()
+            yield made
+            stale = [*folder.glob("model*.safetensors*"), folder / checkpoint.MASKS_NAME]
+            stale += [folder / name for name in (checkpoint.CONFIG_NAME, *READER_FILES)]
+            moved = {folder / path.name: path for path in made.iterdir()}
+            for path, new in moved.items():
+                os.replace(new, path)
+            for path in stale:
+                if path not in moved:
+                    path.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise GaPError(f"{folder}: cannot be written: {first_line(error)}") from error
+    finally:
+        if is_new:
+            with suppress(OSError):  # it holds what was saved
+                folder.rmdir()
 
 
 def copy(source: Path, target: Path) -> None:
@@ -133,7 +154,9 @@ def keys_of(path: Path) -> list[str]:
 def fix_index(folder: Path) -> None:
     """Name the tensors that there are now in a sharded model's index, and count their bytes."""
     for path in folder.glob("*.safetensors.index.json"):
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = _read_object(path)
+        if not isinstance(index.get("metadata"), dict):
+            raise GaPError(f"{path.name}: has no metadata, expected a sharded model's index with its total_size")
         files = weight_files(folder)
         index["weight_map"] = {key: file.name for file in files for key in keys_of(file)}
         index["metadata"]["total_size"] = sum(file.stat().st_size for file in files)

@@ -6,6 +6,7 @@ Of a sharded weight each process holds the part of the mask that belongs to its 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ def unpack_bits(bits: Tensor, shape: Sequence[int], name: str) -> Tensor:
     Raises:
         GaPError: if `bits` is not 1-D uint8 of exactly the length that `shape` needs, or pads with ones.
     """
-    numel = int(np.prod(tuple(shape), dtype=np.int64))
+    numel = math.prod(shape)  # of any size: what a file says of it need not be true
     length = (numel + 7) // 8
     if bits.dtype != torch.uint8 or tuple(bits.shape) != (length,):
         raise GaPError(

@@ -80,7 +80,7 @@ class HubMixin(_Base):
             As Trainer's: what the commit is, or a future of that if not `blocking`.
 
         Raises:
-            GaPError: if the Hub refuses or cannot be reached; nothing is published then.
+            GaPError: if the Hub refuses or cannot be reached; nothing is published then, or the error says that it may have been.
         """
         if self.gap is None:
             if packed:

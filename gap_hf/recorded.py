@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def load_masks(source: str | Path, *, revision: str | None = None, token: str | 
     for path in weight_files(folder):
         with one_sentence(path), safe_open(path, "pt") as file:
             for key in sorted(packed_keys(path)):
-                mask = dense_mask(file.get_tensor(key + SUFFIX).numpy())
+                num_values = math.prod(file.get_slice(key).get_shape())
+                mask = dense_mask(file.get_tensor(key + SUFFIX).numpy(), num_values)
                 masks[key] = torch.from_numpy(mask).to(torch.uint8)
     if not (folder / checkpoint.CONFIG_NAME).is_file():
         return masks
@@ -66,9 +68,13 @@ def _by_parameter(folder: Path, masks: Mapping[str, Tensor], names: set[str]) ->
     transformers.logging.set_verbosity_error()  # it would warn of every weight that has no mask
     try:
         state = {key: mask.to(torch.float32) for key, mask in masks.items()}
-        model = cls.from_pretrained(None, config=config, state_dict=state)
+        model, info = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     finally:
         transformers.logging.set_verbosity(level)
+    if missing := sorted(names & info["missing_keys"]):
+        raise GaPError(
+            f"{folder}: {checkpoint.CONFIG_NAME} records a mask of '{missing[0]}', which its files do not hold"
+        )
     return {name: model.get_parameter(name).detach().to(torch.uint8) for name in sorted(names)}
 
 

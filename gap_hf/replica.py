@@ -150,8 +150,15 @@ def write_state(sparsifier: Sparsifier, live: Replica, name: str, values: Mappin
         if isinstance(found, Tensor) and isinstance(value, Tensor) and found.shape == value.shape:
             found.copy_(value)
         else:
-            old[key] = value
+            old[key] = _laid_out(live.params[name], value)
     state[live.params[name]] = old
+
+
+def _laid_out(param: nn.Parameter, value: Any) -> Any:
+    """Optimizer state of a parameter's shape in its memory format: fused kernels walk both in the order of memory."""
+    if not isinstance(value, Tensor) or value.shape != param.shape:
+        return value
+    return torch.empty_like(param, dtype=value.dtype, device=value.device).copy_(value)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -204,7 +211,7 @@ def load_replica(path: Path, sparsifier: Sparsifier) -> Replica:
                         raise GaPError(f"{path}: '{name}' has shape {found}, the model has {expected}")
                     tensors[name] = value
                 elif kind == "state":
-                    optimizer[name][entry] = value.to(live.state_device(name, entry))
+                    optimizer[name][entry] = _laid_out(live.params[name], value.to(live.state_device(name, entry)))
                 elif kind in ("mask", "previous"):
                     mask = unpack_bits(value, shapes[name], name).to(live.params[name].device)
                     (masks if kind == "mask" else previous)[name] = mask

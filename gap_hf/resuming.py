@@ -7,10 +7,12 @@ goes on from weights that were never trained (huggingface/transformers issue 437
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -86,7 +88,11 @@ class ResumeMixin(_Base):
             raise GaPError(
                 f"{folder}: its files hold '{min(renamed)}', which the model names otherwise; a sharded {type(model).__name__} cannot be resumed from it"
             )
-        found: Any = type(model).from_pretrained(folder, config=model.config, output_loading_info=True)
+        # The widest of the model's dtypes: what was saved in any of them comes through it to the bit, which config.dtype need not.
+        dtypes = [param.dtype for param in model.parameters() if param.is_floating_point()]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        cls: Any = type(model)
+        found = cls.from_pretrained(folder, config=model.config, dtype=dtype, output_loading_info=True)
         loaded, info = found
         if missing := sorted(info["missing_keys"]):
             raise GaPError(f"{folder}: has no weights for '{missing[0]}'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def bytes_stored(self) -> int:
@@ -205,7 +206,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises GaPError if the file holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GaPError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise GaPError(f"{path}: holds {type(value).__name__}, expected an object")

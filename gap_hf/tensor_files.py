@@ -111,7 +111,7 @@ def entries(path: Path) -> dict[str, TensorEntry]:
             raise GaPError(f"{path}: is not a safetensors file; its header would have {length} of {size} bytes")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise GaPError(f"{path}: is not a safetensors file; its header is not JSON") from None
     if not isinstance(header, dict):
         raise GaPError(f"{path}: its header is {type(header).__name__}, expected an object")

@@ -21,7 +21,7 @@ RUN_FILES = (".*", "_*", "*.pt", "*.pth", "*.bin", "trainer_state.json", "gap_wo
 
 def is_model_file(name: str) -> bool:
     """Whether a name at the top of a repository is that of weights, masks, or the reader beside them."""
-    return any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -59,7 +59,8 @@ def publish(
         revision: A branch that exists; the main one if None.
 
     Raises:
-        GaPError: if the Hub refuses, cannot be reached, or got another commit meanwhile. Nothing is published then.
+        GaPError: if the Hub refuses, cannot be reached, or got another commit meanwhile. Nothing is published then, but where it says that a
+            commit landed or that this is not known.
     """
     with hub_errors(repo):
         found = api.model_info(repo, revision=revision)
@@ -74,9 +75,20 @@ def publish(
                 repo, operations, commit_message=message, revision=revision, parent_commit=found.sha, repo_type="model"
             )
         except Exception as error:
-            if _status(error) is None and api.model_info(repo, revision=revision).sha != found.sha:
+            # A gateway's 5xx says as little of whether the commit landed as a closed line.
+            status = _status(error)
+            if status is not None and status < 500:
+                raise
+            how = "the connection was lost" if status is None else f"the Hub answers {status}"
+            try:
+                landed = api.model_info(repo, revision=revision).sha != found.sha
+            except Exception:
                 raise GaPError(
-                    f"{repo}: the connection was lost when the Hub had taken a commit; look at what it has before you push again"
+                    f"{repo}: {how} and whether it has taken the commit is not known; look at what it has before you push again"
+                ) from error
+            if landed:
+                raise GaPError(
+                    f"{repo}: {how} when the Hub had taken a commit; look at what it has before you push again"
                 ) from error
             raise
 

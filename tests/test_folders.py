@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import gap_hf.checkpoint
 from gap_hf import GaPError, save_pretrained
 from gap_hf.cli import main
 from gap_hf.folders import pack_folder, unpack_folder
+from gap_hf.packed.loading import sha256
 from gap_hf.recorded import load_masks, verify_folder
 
 
@@ -172,6 +176,99 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert "8 masked tensors, 98,304 weights in them, 9,830 live (90.00% are zero)" in capsys.readouterr().out
     assert main(["verify", packed, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"form": "packed", "tensors": 8, "weights": 98304, "live": 9830}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in shards, dense and packed."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = gpt2()
+    sparsifier = pruned(model)
+    for form in ("dense", "packed"):
+        save_pretrained(model, folder / form, sparsifier, packed=form == "packed", max_shard_size="100KB")
+    return folder
+
+
+def edited(name: str, **changes: object) -> Callable[[Path], None]:
+    """Sets keys of a JSON file; those that are set to `...` go."""
+
+    def edit(folder: Path) -> None:
+        data = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+
+    return edit
+
+
+def written(name: str, data: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_text(data)
+
+    return write
+
+
+def with_a_huge_shape(folder: Path) -> None:
+    """Elements that are none in 64 bits, and as many bits."""
+    data = json.loads((folder / "gap_config.json").read_text())
+    entry = data["weights"][0] | {"shape": [2**32, 2**32], "live": 0}
+    save_file({f"mask/{entry['name']}": torch.zeros(0, dtype=torch.uint8)}, folder / "gap_masks.safetensors")
+    digest = hashlib.sha256((folder / "gap_masks.safetensors").read_bytes()).hexdigest()
+    (folder / "gap_config.json").write_text(json.dumps(data | {"weights": [entry], "masks_sha256": digest}))
+
+
+def with_a_nested_header(folder: Path) -> None:
+    """In a weight file, recorded as it is."""
+    path = min(folder.glob("model-*.safetensors"))
+    header = DEEP.encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    data = json.loads((folder / "config.json").read_text())
+    if "quantization_config" in data:
+        data["quantization_config"]["files"][path.name] = {"size": 8 + len(header), "sha256": sha256(path)}
+        (folder / "config.json").write_text(json.dumps(data))
+
+
+DEEP = "[" * 100_000
+QUANTIZATION = {"quant_method": "gap_hf", "version": 1, "files": ["model.safetensors"]}
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("form", "damage", "commands", "message"),
+    [
+        ("dense", edited("gap_config.json", masks_sha256=...), "verify pack", "expected None"),
+        ("dense", edited("gap_config.json", config=None), "verify pack", "'config' is NoneType, expected dict"),
+        ("dense", edited("gap_config.json", config=[1]), "verify pack", "'config' is list, expected dict"),
+        ("dense", with_a_huge_shape, "verify pack", "expected (2305843009213693952,) of torch.uint8"),
+        ("dense", written("gap_config.json", DEEP), "verify pack inspect", "gap_config.json: not valid JSON"),
+        ("dense", written("config.json", DEEP), "verify pack", "config.json: not valid JSON"),
+        ("dense", written(INDEX, DEEP), "pack inspect", "index.json: not valid JSON"),
+        ("dense", edited(INDEX, metadata=...), "pack", "index.json: has no metadata"),
+        ("dense", with_a_nested_header, "verify pack inspect", "model-00001"),
+        ("packed", with_a_nested_header, "verify unpack inspect", "model-00001"),
+        ("packed", edited("config.json", quantization_config=QUANTIZATION), "verify unpack", "files is list, expected"),
+        ("packed", edited("config.json", quantization_config=QUANTIZATION | {"self": 1}), "verify", "files is list"),
+        ("packed", written("gap_config.json", DEEP), "verify", "gap_config.json: not valid JSON"),
+    ],
+)
+def test_damaged_json_is_one_sentence(
+    saved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    form: str,
+    damage: Callable[[Path], None],
+    commands: str,
+    message: str,
+) -> None:
+    folder = Path(shutil.copytree(saved / form, tmp_path / "damaged"))
+    damage(folder)
+    for command in commands.split():
+        output = [str(tmp_path / "x")] if command in ("pack", "unpack") else []
+        assert main([command, str(folder), *output]) == 2, command
+        error = capsys.readouterr().err
+        assert error.startswith("gap-hf: error: ") and error.count("\n") == 1 and message in error, error
+        assert not (tmp_path / "x").exists()
+    if damage is not with_a_nested_header or form == "packed":
+        with pytest.raises(GaPError) if "verify" in commands else nullcontext():
+            load_masks(folder)
 
 
 @pytest.mark.parametrize(

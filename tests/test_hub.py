@@ -257,13 +257,40 @@ def test_a_push_recovers_from_what_passes(hub: Hub, folders: dict[str, Path]) ->
     assert {p.name for p in folders["sharded"].glob("*.safetensors")} <= hub.files("ada/model").keys()
 
 
+@pytest.mark.parametrize(
+    ("status", "lookup", "sentence"),
+    [
+        (None, True, "the connection was lost when the Hub had taken a commit; look at what it has"),
+        (502, True, "the Hub answers 502 when the Hub had taken a commit; look at what it has"),
+        (None, False, "the connection was lost and whether it has taken the commit is not known; look at what it has"),
+        (504, False, "the Hub answers 504 and whether it has taken the commit is not known; look at what it has"),
+    ],
+)
 def test_a_commit_whose_answer_is_lost_is_not_said_to_be_nothing(
-    hub: Hub, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    hub: Hub,
+    folders: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    status: int | None,
+    lookup: bool,
+    sentence: str,
 ) -> None:
-    hub.faults.append(Fault("POST", "/commit/", None, late=True))
+    hub.faults.append(Fault("POST", "/commit/", status, late=True))
+    if not lookup:
+        hub.faults.append(Fault("GET", "/api/models/", 503, skip=1))
     assert push(folders["single"], "ada/model") == 2
-    assert "when the Hub had taken a commit; look at what it has" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"gap-hf: error: ada/model: {sentence}" in error and "nothing was published" not in error
     assert "model.safetensors" in hub.files("ada/model")
+
+
+def test_a_push_leaves_other_folders_of_the_repository_alone(hub: Hub, folders: dict[str, Path]) -> None:
+    assert push(folders["sharded"], "ada/model") == 0
+    theirs = {"models/vae.safetensors": b"of another model", "model/gap_masks.safetensors": b"and its masks"}
+    hub.repos["ada/model"].commit("theirs", hub.files("ada/model") | theirs)
+    assert push(folders["single"], "ada/model") == 0
+    files = hub.files("ada/model")
+    assert theirs.items() <= files.items()
+    assert {name for name in files if name.startswith("model") and "/" not in name} == {"model.safetensors"}
 
 
 def test_what_push_refuses(

@@ -123,7 +123,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "folder_files",
         "recorded",
     },
-    "saving": _CORE | {"card_loading", "checkpoint", "folder_files", "folders"},
+    "saving": _CORE | {"card_loading", "checkpoint", "folder_files", "folders", "packed"},
     "tensor_files": {"errors"},
     "stored_model": {"errors", "hub", "packed", "tensor_files"},
     "inspection": {"stored_model", "tensor_files"},

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gap_hf.folders import _pack
 from gap_hf.packed import layout
 from gap_hf.packed.layout import PackedError, dense_mask, pack, parse_mask, unpack
+from gap_hf.pattern_names import Pattern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
 
@@ -46,6 +48,16 @@ def test_a_live_zero_and_a_live_negative_zero_are_kept() -> None:
     assert values.numel() == 3
     assert same_bits(unpack(values, blob), weight)
     assert dense_mask(blob.numpy()).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_masked_negative_zero_is_a_zero(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[-0.0, -0.0, 3.0, 0.0]], dtype=dtype)
+    before = weight.clone()
+    back = unpack(*pack(weight, torch.tensor([[1, 0, 1, 0]])))
+    assert same_bits(back, torch.tensor([[-0.0, 0.0, 3.0, 0.0]], dtype=dtype)) and same_bits(weight, before)
+    with pytest.raises(PackedError, match="a masked weight is not 0"):
+        pack(-torch.full((1, 4), 1e-30, dtype=dtype), torch.zeros(1, 4))
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,8 +127,6 @@ def test_what_is_no_masked_weight_is_refused() -> None:
     weight, mask = torch.ones(2, 4), torch.zeros(2, 4)
     with pytest.raises(PackedError, match="a masked weight is not 0"):
         pack(weight, mask)
-    with pytest.raises(PackedError, match="a masked weight is not 0"):
-        pack(torch.full((2, 4), -0.0), mask)
     with pytest.raises(PackedError, match="does not consist of blocks"):
         pack(torch.zeros(2, 4), torch.eye(2, 4), block=(2, 1))
     with pytest.raises(PackedError, match="do not divide"):
@@ -164,6 +174,9 @@ def head(**changes: int) -> bytes:
         head(coding=2, rows=2**20, cols=2**20) + bytes(8),
         head(coding=1) + b"\xff" * 8,
         head(coding=1),
+        # All of it one dead block, which would be 64 GiB of mask.
+        head(rows=2**18, cols=2**18, r=2**18, c=2**18, count=0) + bytes(1),
+        head(coding=2, rows=2**18, cols=2**18, r=2**9, c=2**9, count=0) + bytes(900),
     ],
 )
 def test_a_lie_is_refused_in_one_sentence_before_it_costs_memory(blob: bytes) -> None:
@@ -200,9 +213,26 @@ def test_a_thousand_mutations_are_refused_or_harmless(coding: str) -> None:
     assert refused > 800
 
 
+@pytest.mark.parametrize("block", [(64, 64), (16, 1)])
+def test_blocks_that_say_too_little_are_written_as_single_weights(
+    monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(layout, "_FREE_NUMEL", 2**10)
+    weight = torch.zeros(1024, 1024)
+    with pytest.raises(
+        PackedError, match=r"the mask is of 1048576 weights, expected at most \d+ for \d+ bytes and 0 live"
+    ):
+        pack(weight, weight, block=block)
+    values, blob = _pack(weight, weight, Pattern("block", rows=block[0], cols=block[1]))
+    assert parse_mask(blob.numpy()).block == (1, 1)
+    assert same_bits(unpack(values, blob), weight)
+
+
 def test_values_of_another_mask_are_refused() -> None:
     weight, mask = sparse((8, 8), 0.5, torch.float32)
     values, blob = pack(weight, mask)
     for wrong in (values[:-1], values.view(1, -1), torch.cat([values, values])):
         with pytest.raises(PackedError, match="there are"):
             unpack(wrong, blob)
+    with pytest.raises(PackedError, match="there are 7 values"):
+        dense_mask(blob.numpy(), 7)

@@ -157,19 +157,24 @@ def test_what_a_resume_may_change(whole: GaPTrainer, tmp_path: Path) -> None:
     )
 
 
-def moe(folder: Path, gap: GaPConfig | None, resume: Path | None = None, **changes: Any) -> GaPTrainer:
-    """Mixtral, which is saved under the names of its first release."""
+def moe(
+    folder: Path, gap: GaPConfig | None, resume: Path | None = None, dtype: torch.dtype | None = None, **changes: Any
+) -> GaPTrainer:
+    """Mixtral, which is saved under the names of its first release; `dtype` is what its config says."""
     set_seed(0)
     args = arguments(folder, **{"max_steps": 12, "save_strategy": "steps", "save_steps": 6, **changes})
-    trainer = GaPTrainer(model=mixtral(), args=args, train_dataset=Tokens(), eval_dataset=Tokens(8), gap_config=gap)
+    model = mixtral()
+    model.config.dtype = dtype or model.config.dtype
+    trainer = GaPTrainer(model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(8), gap_config=gap)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
 
 
-def test_weights_that_are_saved_under_other_names_are_resumed_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_weights_that_are_saved_under_other_names_are_resumed_too(tmp_path: Path, dtype: torch.dtype | None) -> None:
     config = GaPConfig(sparsity=0.8, num_partitions=2, num_rounds=1)
-    whole = moe(tmp_path, config)
-    resumed = moe(tmp_path, config, resume=tmp_path / "checkpoint-6")
+    whole = moe(tmp_path, config, dtype=dtype)
+    resumed = moe(tmp_path, config, resume=tmp_path / "checkpoint-6", dtype=dtype)
     assert same_tensors(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
     assert_masked_weights_are_zero(resumed)
     saved = {

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import Tokens, causal_lm
 from transformers import (
     AutoModelForCausalLM,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    NomicBertConfig,
+    NomicBertModel,
+    PreTrainedModel,
     TrainingArguments,
 )
 
 from gap_hf import GaPConfig, GaPError, GaPTrainer, Sparsifier, load_masks
 from gap_hf import save_pretrained as save
 from gap_hf.packed.layout import PackedError
+from gap_hf.packed.loading import _COMPARES_SHAPES, PackedQuantizer, sha256
+from gap_hf.recorded import verify_folder
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -47,6 +57,28 @@ def mixtral() -> MixtralForCausalLM:
             vocab_size=100,
             max_position_embeddings=64,
         )
+    )
+
+
+def dinov2() -> Dinov2ForImageClassification:
+    torch.manual_seed(0)
+    return Dinov2ForImageClassification(
+        Dinov2Config(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            num_labels=3,
+            use_swiglu_ffn=True,
+        )
+    )
+
+
+def nomic() -> NomicBertModel:
+    torch.manual_seed(0)
+    return NomicBertModel(
+        NomicBertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64)
     )
 
 
@@ -103,6 +135,97 @@ def test_experts_that_a_file_holds_one_by_one(tmp_path: Path) -> None:
     assert same(loaded, model)
     loaded.save_pretrained(tmp_path / "b")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), model)
+
+
+@pytest.mark.parametrize("make", [dinov2, nomic])
+def test_weights_that_a_file_holds_fused(tmp_path: Path, make: Callable[[], PreTrainedModel]) -> None:
+    model = make()
+    save(model, tmp_path / "a", pruned(model), packed=True)
+    keys = load_file(tmp_path / "a" / "model.safetensors").keys()
+    assert any(key.endswith(("weights_in.weight_mask", "Wqkv.weight_mask")) for key in keys)
+    loaded = type(model).from_pretrained(tmp_path / "a")
+    assert same(loaded, model)
+    loaded.save_pretrained(tmp_path / "b")
+    assert same(type(model).from_pretrained(tmp_path / "b"), model)
+    model.save_pretrained(tmp_path / "c")
+    assert (
+        load_file(tmp_path / "b" / "model.safetensors").keys() == load_file(tmp_path / "c" / "model.safetensors").keys()
+    )
+
+
+def test_what_could_not_be_loaded_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nomic()
+    sparsifier = pruned(model)
+    own = PackedQuantizer.update_weight_conversions
+
+    def without(self: PackedQuantizer, rules: list[object], model: object = None) -> list[object]:
+        """As if no fused weight were known; the rest is unpacked."""
+        return [*rules, *own(self, [], model)]
+
+    monkeypatch.setattr(PackedQuantizer, "update_weight_conversions", without)
+    with pytest.raises(
+        GaPError, match=r"NomicBertModel: its files name a weight '.*Wqkv\.weight', which transformers would not"
+    ):
+        save(model, tmp_path / "packed", sparsifier, packed=True)
+    assert not (tmp_path / "packed").exists()
+    save(model, tmp_path / "packed", sparsifier, packed=True, save_original_format=False)
+    assert same(NomicBertModel.from_pretrained(tmp_path / "packed"), model)
+
+
+@pytest.mark.skipif(not _COMPARES_SHAPES, reason="this transformers compares no shapes where there is a quantizer")
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_head_of_another_size_is_a_mismatch_as_it_is_of_a_dense_model(tmp_path: Path, masked: bool) -> None:
+    model = dinov2()
+    sparsifier = pruned(model)
+    masks: dict[str, torch.Tensor] = {n: m for n in sparsifier.weights if (m := sparsifier.masks[n]) is not None}
+    if masked:
+        masks["classifier.weight"] = torch.ones_like(model.classifier.weight)
+    save(model, tmp_path, masks, packed=True)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path, num_labels=10)
+    loaded = type(model).from_pretrained(tmp_path, num_labels=10, ignore_mismatched_sizes=True)
+    assert loaded.classifier.weight.shape == (10, 64)
+    assert loaded.classifier.weight.isfinite().all() and loaded.classifier.weight.any()
+    assert same(loaded.dinov2, model.dinov2)
+
+
+def test_experts_under_the_names_of_the_model(tmp_path: Path) -> None:
+    model = mixtral()
+    sparsifier = pruned(model)
+    save(model, tmp_path, sparsifier, packed=True, save_original_format=False)
+    assert verify_folder(tmp_path)["tensors"] == len(sparsifier.weights)
+    masks = load_masks(tmp_path)
+    assert all(torch.equal(masks[name], sparsifier.masks[name]) for name in sparsifier.weights)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_masks_that_the_files_do_not_hold_are_not_made_up(tmp_path: Path) -> None:
+    model = mixtral()
+    save(model, tmp_path, pruned(model), packed=True)
+    path = tmp_path / "model.safetensors"
+    tensors = {k: v for k, v in load_file(path).items() if "experts" not in k}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["files"] = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        GaPError, match=r"records a mask of 'model\.layers\.0\.mlp\.experts\.down_proj', which its files do"
+    ):
+        load_masks(tmp_path)
+
+
+def test_what_is_for_other_processes_or_for_the_hub_is_not_written(tmp_path: Path) -> None:
+    model = gpt2()
+    sparsifier = pruned(model)
+    for packed in (False, True):
+        save(model, tmp_path / "none", sparsifier, packed=packed, is_main_process=False)
+        with pytest.raises(GaPError, match=r"push_to_hub: found True.*trainer\.push_to_hub or `gap-hf push`"):
+            save(model, tmp_path / "none", sparsifier, packed=packed, push_to_hub=True)
+    assert not (tmp_path / "none").exists()
+    save(model, tmp_path / "there", sparsifier)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    save(model, tmp_path / "there", sparsifier, packed=True, is_main_process=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
 
 
 def test_blocks_take_a_bit_each(tmp_path: Path) -> None:
@@ -184,6 +307,60 @@ def test_a_changed_file_is_refused_before_anything_is_used(tmp_path: Path) -> No
         AutoModelForCausalLM.from_pretrained(config.parent)
 
 
+class Moves:
+    """os.replace of a machine where `folder` is a file system of its own; so many files can be moved into it."""
+
+    real = staticmethod(os.replace)
+
+    def __init__(self, folder: Path, allowed: int) -> None:
+        self.folder, self.allowed = folder.resolve(), allowed
+
+    def __call__(self, source: str | Path, target: str | Path) -> None:
+        inside = [Path(path).resolve().is_relative_to(self.folder) for path in (source, target)]
+        if inside[0] != inside[1]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        if Path(target).parent.resolve() == self.folder:
+            self.allowed -= 1
+            if self.allowed < 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.real(source, target)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    model = gpt2()
+    sparsifier = pruned(model)
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mount")
+    (tmp_path / "mount" / "notes.txt").write_text("of somebody")
+    save(model, tmp_path / "link", sparsifier, max_shard_size="100KB")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "mount").iterdir()}
+    # Nothing can be moved in, or one file: what was there is still there.
+    for allowed in (0, 1):
+        monkeypatch.setattr(os, "replace", Moves(tmp_path / "link", allowed))
+        with pytest.raises(GaPError, match=r"link: cannot be written: \[Errno 5\]"):
+            save(model, tmp_path / "link", sparsifier, packed=packed)
+        after = {path.name: path.read_bytes() for path in (tmp_path / "mount").iterdir()}
+        assert before.keys() <= after.keys() and len(after.keys() - before.keys()) <= allowed
+        assert sum(after[name] != data for name, data in before.items()) <= allowed
+    monkeypatch.setattr(os, "replace", Moves(tmp_path / "link", 100))
+    save(model, tmp_path / "link", sparsifier, packed=packed)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "mount"), model)
+    assert [path.name for path in (tmp_path / "mount").glob("model*")] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mount", "link"}
+
+
+def test_a_folder_that_nothing_came_of_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gpt2()
+    monkeypatch.setattr(os, "replace", Moves(tmp_path / "new", 0))
+    with pytest.raises(GaPError, match="new: cannot be written"):
+        save(model, tmp_path / "new", pruned(model))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(GaPError, match="file: cannot be written"):
+        save(model, tmp_path / "file", pruned(model))
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
 def test_masks_that_are_not_the_models_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     model = gpt2()
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -195,6 +372,26 @@ def test_masks_that_are_not_the_models_are_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(GaPError, match="expected \\(64, 256\\)"):
         save(model, tmp_path / "x", {name: torch.ones(3)}, packed=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_masked_weights_that_training_left_at_negative_zero(tmp_path: Path) -> None:
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters())
+    gap = GaPConfig(sparsity=0.8, method="gmp", optimizer_reset="none")
+    sparsifier = Sparsifier(model, gap, total_steps=20, optimizer=optimizer)
+    sparsifier.start()
+    ids = torch.arange(16).unsqueeze(0)
+    for step in range(20):
+        model(input_ids=ids).logits.square().mean().backward()
+        sparsifier.mask_gradients()
+        optimizer.step()
+        sparsifier.mask_weights()
+        optimizer.zero_grad()
+        sparsifier.advance(step + 1)
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert (weight[sparsifier.masks["transformer.h.0.mlp.c_fc.weight"] == 0].signbit()).any()
+    save(model, tmp_path, sparsifier, packed=True)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -80,10 +80,12 @@ def test_a_block_that_the_partition_cuts_has_its_norms_averaged_and_its_biases_b
     assert rules["transformer.h.0.ln_1.weight"] is None and rules["transformer.wte.weight"] is None
 
 
-def forked(num_steps: int = 2) -> tuple[Net, torch.optim.Optimizer, Sparsifier]:
+def forked(
+    num_steps: int = 2, memory_format: torch.memory_format = torch.preserve_format
+) -> tuple[Net, torch.optim.Optimizer, Sparsifier]:
     """Two replicas in the middle of a round, each after some steps of its own."""
     torch.manual_seed(0)
-    model = Net()
+    model = Net().to(memory_format=memory_format)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     gap = Sparsifier(model, CONFIG, total_steps=20, optimizer=optimizer, workers=SequentialWorkers(2))
     gap.start()
@@ -195,6 +197,22 @@ def test_a_replica_survives_its_file(tmp_path: Path) -> None:
     for name, state in replica.optimizer.items():
         assert all(torch.equal(back.optimizer[name][k], v) for k, v in state.items())
     assert load_file(tmp_path / "w.safetensors")["mask/blocks.0.conv.weight"].dtype == torch.uint8
+
+
+def test_optimizer_state_lies_in_memory_as_its_weight_does(tmp_path: Path) -> None:
+    model, optimizer, gap = forked(memory_format=torch.channels_last)
+    weight = model.blocks[0].conv.weight
+    assert not weight.is_contiguous()
+    replica = snapshot(gap, 0)
+    save_replica(tmp_path / "w.safetensors", replica)
+    back = load_replica(tmp_path / "w.safetensors", gap).optimizer["blocks.0.conv.weight"]
+    assert torch.equal(back["exp_avg"], replica.optimizer["blocks.0.conv.weight"]["exp_avg"])
+    assert back["exp_avg"].stride() == weight.stride()
+    # A merge gives state to a weight that has none in the model's own replica.
+    gap.workers.activate(gap, 1)
+    del optimizer.state[weight]
+    gap.workers.merge(gap)
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
 
 
 @pytest.mark.parametrize(

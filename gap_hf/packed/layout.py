@@ -9,7 +9,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,9 @@ _FIXED = struct.Struct("<4sBBBBQ")
 _MAX_DIMS, _MAX_NUMEL = 8, 2**48
 # Deflate never makes more than this many bytes of one, so a shorter payload cannot hold what its header promises.
 _MAX_RATIO = 1032
+# Weights for each byte of the mask and each live weight, above those that a tensor may have for nothing. Whole blocks could say
+# of any number that it is dead; single weights need a byte for 8 · 255 at least, as Huffman codes have a bit each.
+_MAX_WEIGHTS, _FREE_NUMEL = 2048, 2**24
 _CHUNK = 1 << 15  # bytes of bits that are looked through at a time: unpacked they fit a cache
 _SKIP = 255  # in gaps: this many dead blocks, and no live one after them
 
@@ -114,6 +117,12 @@ def _check_sizes(header: MaskHeader, payload: int) -> None:
         raise PackedError(
             f"the mask counts {header.count} live weights of {header.numel} in blocks of {header.block_size}"
         )
+    size = header.start + payload
+    limit = _FREE_NUMEL + _MAX_WEIGHTS * (size + header.count)
+    if header.numel > limit:
+        raise PackedError(
+            f"the mask is of {header.numel} weights, expected at most {limit} for {size} bytes and {header.count} live weights"
+        )
     num_bytes = (header.num_blocks + 7) // 8
     if header.coding == RAW and payload != num_bytes:
         raise PackedError(f"the mask has {payload} bytes of bits, expected {num_bytes}")
@@ -194,13 +203,18 @@ def _inflate(payload: np.ndarray, most: int) -> np.ndarray:
     return np.frombuffer(out, np.uint8)
 
 
-def dense_mask(blob: np.ndarray) -> np.ndarray:
+def dense_mask(blob: np.ndarray, num_values: int | None = None) -> np.ndarray:
     """The whole mask, bool, of the dense tensor's shape; True is live.
 
+    Args:
+        num_values: How many lie beside it, if that is not checked elsewhere: memory is taken by the number of live weights.
+
     Raises:
-        PackedError: as `parse_mask` and `live_blocks`.
+        PackedError: as `parse_mask` and `live_blocks`, or if there are other than as many values as live weights.
     """
     header = parse_mask(blob)
+    if num_values not in (None, header.count):
+        raise PackedError(f"there are {num_values} values, expected {header.count}")
     places = live_blocks(blob, header)
     grid = np.zeros(header.num_blocks, bool)
     grid[places] = True
@@ -218,7 +232,7 @@ def _expand(grid: np.ndarray, header: MaskHeader) -> np.ndarray:
 def pack(
     weight: Tensor, mask: Tensor, *, block: Sequence[int] | None = None, coding: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pack one tensor; `unpack` gives it back bit for bit.
+    """Pack one tensor; `unpack` gives it back bit for bit, and +0 for every masked weight.
 
     Args:
         weight: Dense, any dtype.
@@ -230,15 +244,17 @@ def pack(
         The live values, 1-D in row-major order, and the mask, 1-D uint8.
 
     Raises:
-        PackedError: if a masked weight is not +0, or the mask is not made of such blocks.
+        PackedError: if a masked weight is not 0, or the mask is not made of such blocks, or of so few that no reader takes it.
     """
     import torch  # here and below: those that only read masks do not wait for it
 
     if tuple(mask.shape) != tuple(weight.shape) or not weight.numel():
         raise PackedError(f"the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
     live = (mask.detach().cpu() != 0).numpy()
-    bytes_of = weight.detach().cpu().contiguous().view(torch.uint8).reshape(*weight.shape, -1).numpy()
-    if np.count_nonzero(bytes_of, axis=-1)[~live].any():
+    masked = weight.detach().cpu()[torch.from_numpy(~live)].view(torch.uint8).reshape(-1, weight.element_size()).numpy()
+    if weight.is_floating_point() and weight.element_size() > 1:
+        masked[:, -1] &= 0x7F  # the sign: a product with a mask makes -0 of what was negative
+    if masked.any():
         raise PackedError("a masked weight is not 0")
     shape = tuple(weight.shape)
     header = MaskHeader(shape, tuple(block or [1] * len(shape)), int(live.sum()), RAW, 0)
@@ -250,6 +266,7 @@ def pack(
     chosen = min(payloads, key=lambda name: (len(payloads[name]), name))
     head = _FIXED.pack(MAGIC, VERSION, chosen, 0, len(shape), header.count)
     head += struct.pack(f"<{len(shape)}Q{len(shape)}I", *shape, *header.block)
+    _check_sizes(replace(header, coding=chosen, start=len(head)), len(payloads[chosen]))
     blob = torch.frombuffer(bytearray(head + payloads[chosen]), dtype=torch.uint8)
     return weight.detach().cpu()[torch.from_numpy(live)], blob
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import mmap
 import struct
@@ -18,17 +19,20 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, set_param_for_module
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gap_hf.packed.layout import PackedError, unpack
+from gap_hf.packed.layout import PackedError, parse_mask, unpack
 
 METHOD = "gap_hf"
 VERSION = 1
 SUFFIX = "_mask"
 _MAX_HEADER = 100_000_000
+# Where there is a quantizer, transformers 5.17 does not.
+_COMPARES_SHAPES = "param_needs_quantization" in inspect.unwrap(set_param_for_module).__code__.co_names
+_DOT = "\\."  # as a pattern may end
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -42,6 +46,8 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(self, version: int = VERSION, files: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version
+        if not isinstance(files, Mapping | None):
+            raise PackedError(f"quantization_config.files is {type(files).__name__}, expected an object of file names")
         self.files = dict(files or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def packed_keys(path: str | Path) -> set[str]:
             raise PackedError(f"{Path(path).name}: is not a safetensors file")
         try:
             keys = json.loads(file.read(length)).keys()
-        except (ValueError, AttributeError):
+        except (ValueError, RecursionError, AttributeError):
             raise PackedError(f"{Path(path).name}: its header is not JSON") from None
     return {key for key in keys if key + SUFFIX in keys}
 
@@ -128,7 +134,9 @@ class Unpack(ConversionOps):
 
 
 class UnpackOne(Unpack):
-    """The same for a tensor that no other operation follows, so that its shape can be compared with the model's."""
+    """The same for a tensor that no other operation follows, so that its shape is compared with the model's before memory is
+    taken by it. One of another shape is a mismatch, as it is in a dense file.
+    """
 
     def convert(
         self,
@@ -138,16 +146,27 @@ class UnpackOne(Unpack):
         model: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        ((_, (tensor,)),) = super().convert(input_dict, full_layer_name=full_layer_name, model=model).items()
         assert full_layer_name is not None
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        mask = next((value for key, value in tensors.items() if _plain(key).endswith(SUFFIX)), None)
+        shape = next(iter(tensors.values())).shape if mask is None else parse_mask(mask.cpu().numpy()).shape
         expected = model.get_parameter_or_buffer(full_layer_name).shape
-        if tensor.shape != expected:
-            raise PackedError(f"{full_layer_name}: has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+        if shape == expected:
+            ((_, (tensor,)),) = super().convert(input_dict).items()
+        elif _COMPARES_SHAPES:
+            tensor = torch.empty(shape, device="meta")
+        else:
+            raise PackedError(f"{full_layer_name}: has shape {tuple(shape)}, expected {tuple(expected)}")
         return {full_layer_name: tensor}
 
 
 class UnpackingConverter(WeightConverter):
     """A converter that is cheap to copy: transformers copies it for every tensor, and only what it collects is its own."""
+
+    def __init__(self, source_patterns: Any, target_patterns: Any, operations: list[ConversionOps]) -> None:
+        # Not WeightConverter's, which lets only sources or only targets be several: every source has its mask beside it.
+        super(WeightConverter, self).__init__(source_patterns, target_patterns)
+        self.operations, self.force_cpu = operations, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UnpackingConverter:
         one = copy.copy(self)
@@ -160,6 +179,21 @@ def _plain(pattern: str) -> str:
     return pattern.removesuffix("$")
 
 
+def _unpacking(converter: Any, leaf: str | None = None) -> UnpackingConverter:
+    """A converter that unpacks first; with a leaf, of what ends in it after the converter's own patterns."""
+    sources, targets = (
+        [pattern if leaf is None else f"{pattern.rstrip(_DOT)}.{leaf}" for pattern in patterns]
+        for patterns in (converter._original_source_patterns, converter._original_target_patterns)
+    )
+    # Masks first: a pattern without an end, as transformers 5.17 has them, would match both.
+    masks = [f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]
+    ours = UnpackingConverter([*masks, *sources], targets, [Unpack(), *converter.operations])
+    for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+        if hasattr(converter, name):
+            setattr(ours, name, getattr(converter, name))
+    return ours
+
+
 class PackedQuantizer(HfQuantizer):
     """Gives transformers' loader the operations that unpack, after every file was checked."""
 
@@ -167,7 +201,7 @@ class PackedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._keys: set[str] = set()
+        self.keys: set[str] = set()
         self._dtype: torch.dtype | None = None
         self._originals: dict[int, Any] = {}
 
@@ -177,7 +211,7 @@ class PackedQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise PackedError("a packed model cannot be sharded while it is loaded; unpack it first (gap-hf unpack)")
         check_files(checkpoint_files, self.quantization_config)  # type: ignore[arg-type]
-        self._keys = set().union(*map(packed_keys, checkpoint_files))
+        self.keys = set().union(*map(packed_keys, checkpoint_files))
         self._dtype = dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -185,21 +219,19 @@ class PackedQuantizer(HfQuantizer):
         return dtype if name.startswith(("F", "BF")) or "float" in name else None
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
-        leaves = sorted({key.rpartition(".")[2] for key in self._keys})
+        leaves = sorted({key.rpartition(".")[2] for key in self.keys})
         updated = []
         for converter in weight_conversions:
             sources = getattr(converter, "_original_source_patterns", [])
             if isinstance(converter, WeightConverter) and any(_plain(s).endswith(tuple(leaves)) for s in sources):
-                # Masks first: a pattern without an end, as transformers 5.17 has them, would match both.
-                masks = [f"{_plain(s)}{SUFFIX}{'$' if s.endswith('$') else ''}" for s in sources]
-                ours = UnpackingConverter(
-                    [*masks, *sources], converter._original_target_patterns, [Unpack(), *converter.operations]
-                )
-                for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
-                    if hasattr(converter, name):
-                        setattr(ours, name, getattr(converter, name))
+                ours = _unpacking(converter)
                 self._originals[id(ours)] = converter
                 converter = ours
+            elif isinstance(converter, WeightConverter) and not any(s.endswith("$") for s in sources):
+                # Such as ``attn.Wqkv``, with anything after it: of that, what is packed comes first, and its biases remain.
+                ahead = [_unpacking(converter, leaf) for leaf in leaves]
+                self._originals |= {id(ours): converter for ours in ahead}
+                updated += ahead
             updated.append(converter)
         own = [UnpackingConverter([f"{leaf}$", f"{leaf}{SUFFIX}$"], leaf, [UnpackOne()]) for leaf in leaves]
         self._originals |= {id(converter): None for converter in own}
@@ -210,7 +242,7 @@ class PackedQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         if conversions is not None:
             restored = [self._originals.get(id(c), c) for c in conversions]
-            model._weight_conversions = [c for c in restored if c is not None]
+            model._weight_conversions = list({id(c): c for c in restored if c is not None}.values())
         if "AutoConfig" in (getattr(model.config, "auto_map", None) or {}):
             del model.config.auto_map
         return model
