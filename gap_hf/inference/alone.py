@@ -133,7 +133,7 @@ def give_up(layer: nn.Module) -> None:
         )
     nothing = torch.full((1,), torch.nan, dtype=weight.dtype, device="cpu").expand(weight.shape)
     placeholder = nn.Parameter(nothing, requires_grad=weight.requires_grad)
-    packed = Packed(placeholder, 0, None, structure, names={(torch.get_num_threads(), 0): name})
+    packed = Packed(placeholder, structure, names={(torch.get_num_threads(), 0): name})
     alone._parameters["weight"] = placeholder
     alone.gap_product = AloneProduct(form, placeholder, packed)
 

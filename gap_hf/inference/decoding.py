@@ -21,6 +21,7 @@ from gap_hf.caches import CACHES, after_source, filled, tensors_of
 from gap_hf.errors import GaPError
 from gap_hf.inference.calls import Key, StepCall
 from gap_hf.inference.layers import ORDINARY, CopiesAreOrdinary
+from gap_hf.inference.product import is_transformed
 from gap_hf.inference.straight import straighten
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class DecodingStep:
         return kind(**{name: _field(name, logits, call) for name in names})
 
     def _is_as_written(self, model: Any) -> bool:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_transformed():
             return False
         if any("forward" in own or own["training"] for own in self.own):
             return False
