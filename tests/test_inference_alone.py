@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gap_hf import GaPError, inference_report, optimize_for_inference, restore
 from gap_hf.inference import compiled
 from gap_hf.inference.alone import AloneConv1D, AloneLinear
+from gap_hf.inference.layers import SparseLinear
 from tests import toys
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -152,12 +153,19 @@ def put_behind(weight: nn.Parameter) -> None:
     weight.data = torch.ones(weight.shape)
 
 
+def put_behind_twice(weight: nn.Parameter) -> None:
+    for _ in range(2):  # where what was there at first may be freed, and its address used again
+        weight.data = torch.ones(1).expand(weight.shape)
+
+
 def put_there_in_another_type(weight: nn.Parameter) -> None:
     weight.data = torch.ones(weight.shape, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("change", [fill_in_place, put_behind, put_there_in_another_type, lambda w: w.zero_()])
+@pytest.mark.parametrize(
+    "change", [fill_in_place, put_behind, put_behind_twice, put_there_in_another_type, lambda w: w.zero_()]
+)
 def test_a_weight_that_is_changed_through_its_parameter_counts(change: Any, layer: int) -> None:
     model = optimize_for_inference(model_of(8), keep_dense=False)
     changed: Any = model[layer]
@@ -262,6 +270,24 @@ def test_once_more_and_back_to_keeping() -> None:
     for keep in (False, False, True, False):
         optimize_for_inference(model, keep_dense=keep)
         assert (type(model[0]) is AloneLinear) is not keep
+    assert toys.same_tensors(dict(model.state_dict()), dict(before))
+
+
+def test_masks_are_looked_for_in_weights_that_are_made_anew() -> None:
+    model = model_of(8)
+    before, masks = copy.deepcopy(model.state_dict()), {"0.weight": (model[0].weight != 0).to(torch.uint8)}  # type: ignore[union-attr, operator]
+    for _ in range(2):
+        optimize_for_inference(model, masks=masks, keep_dense=False)
+        assert type(model[0]) is AloneLinear and type(model[2]) is Conv1D
+    optimize_for_inference(model, keep_dense=False)
+    weight = model[0].weight
+    with pytest.raises(GaPError, match="masked weights that are not 0"):
+        optimize_for_inference(model, masks={"0.weight": torch.zeros(48, 40)})
+    with pytest.raises(GaPError, match="decode_step: Sequential does not generate"):
+        optimize_for_inference(model, decode_step="exported")
+    assert model[0].weight is weight and bool(weight.isnan().all())  # type: ignore[union-attr, operator]  # nothing was touched
+    optimize_for_inference(model, masks=masks)
+    assert [type(m) for m in model] == [SparseLinear, nn.GELU, Conv1D, nn.Linear]
     assert toys.same_tensors(dict(model.state_dict()), dict(before))
 
 

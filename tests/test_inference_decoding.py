@@ -458,6 +458,7 @@ def test_errors() -> None:
     with pytest.raises(GaPError, match="decode_step: found 'compiled', expected None or 'exported'"):
         optimize_for_inference(bert, decode_step="compiled")
     assert not isinstance(bert, DecodesExported)
+    assert all(type(layer) is nn.Linear for layer in bert.modules() if isinstance(layer, nn.Linear))
     model = make("gpt2")
     model.transformer.h[0].forward = model.transformer.h[0].forward
     with pytest.raises(GaPError, match=r"decode_step: the forward of 'transformer\.h\.0' has been replaced"):

@@ -47,6 +47,7 @@ class AloneProduct(Product):
     def __init__(self, form: CompiledForm, placeholder: nn.Parameter, packed: Packed) -> None:
         super().__init__()
         self.form, self.placeholder, self.packed = form, placeholder, packed
+        self._nothing = placeholder.detach()  # held, so that nothing else is put at its address
         self._looked_at: weakref.ref[Tensor] | None = None  # what was in the placeholder's place
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
@@ -62,9 +63,8 @@ class AloneProduct(Product):
             return out
         matrix = self.form.matrix()
         if weight.requires_grad and torch.is_grad_enabled():
-            matrix = layer.matrix(
-                cast(Tensor, _Passed.apply(weight, layer.matrix(matrix)))
-            )  # turning twice is turning back
+            made = layer.matrix(matrix)  # turning twice is turning back
+            matrix = layer.matrix(cast(Tensor, _Passed.apply(weight, made)))
         return nn.functional.linear(x, matrix, bias)
 
     def is_untouched(self, weight: Tensor) -> bool:
