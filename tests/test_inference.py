@@ -589,6 +589,24 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch
     assert memory.get("key", ("singles",)) == "singles"
 
 
+def test_no_home_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    choice.MEMORY.set("key", "blocks")
+    assert choice.MEMORY.get("key", ("blocks",)) == "blocks"
+    monkeypatch.delenv("GAP_HF_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.chdir(tmp_path)
+    assert choice.MEMORY.get("key", ("blocks",)) is None  # known in another folder
+    layer = sparse_linear(40, 48)
+    optimize_for_inference(layer, token_counts=[1])
+    layer(torch.randn(1, 40))
+    choice.MEMORY.set("key", "blocks")
+    assert choice.MEMORY.get("key", ("blocks",)) == "blocks"  # in this process
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 def test_what_is_slower_at_one_end_of_a_range_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = [{"dense": 1.0, "a": 0.5, "b": 0.8}, {"dense": 1.0, "a": 1.1, "b": 0.8}]
     runs = [dict.fromkeys(share, int) for share in shares]
