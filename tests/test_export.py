@@ -9,32 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_bench_model import marian, pruned
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from test_bench_model import gpt2, marian, pruned, words
 
 from gap_hf import GaPError, save_pretrained
 from gap_hf.cli import main
 from gap_hf.onnx_files import compare_with_torch
 from gap_hf.onnx_graphs import MODEL, Graph
 from gap_hf.quiet import quiet
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
-    ).eval()
-
-
-def words(folder: Path, last: str = "w63") -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    names = [*(f"w{i}" for i in range(63)), last]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w1"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", unk_token="w1", pad_token=last).save_pretrained(
-        folder
-    )
 
 
 def test_onnx_of_a_language_model_goes_on_from_any_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
