@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_bench_model import gpt2, marian, pruned, words
 
 from gap_hf import GaPError, save_pretrained
 from gap_hf.cli import main
-from gap_hf.onnx_files import compare_with_torch
+from gap_hf.exporting import export
+from gap_hf.onnx_files import compare_with_torch, write_onnx
 from gap_hf.onnx_graphs import MODEL, Graph
 from gap_hf.quiet import quiet
 
@@ -95,6 +98,57 @@ def test_ctranslate2_translates_the_same(tmp_path: Path, capsys: pytest.CaptureF
             min_decoding_length=9,
         )
         assert [[int(t[1:]) for t in r.hypotheses[0]] for r in found] == expected[:, 1:].tolist()
+
+
+def sized(config: Any, **more: Any) -> Any:
+    sides = {f"{side}_{key}": 1 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    names = ("d_model", "hidden_size", "n_embd")
+    layers = ("num_layers", "num_hidden_layers", "n_layer")
+    heads = ("num_heads", "num_attention_heads", "n_head")
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    known = dict.fromkeys(names, 16) | dict.fromkeys(layers, 1) | dict.fromkeys(heads, 2) | sides | special
+    return config(vocab_size=64, **known, **more)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        ("BartModel", "BartConfig"),
+        ("T5Model", "T5Config"),
+        ("BartForSequenceClassification", "BartConfig"),
+        ("MambaForCausalLM", "MambaConfig"),
+        ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig"),
+        ("EncoderDecoderModel", ""),
+    ],
+)
+def test_models_that_have_no_such_graphs(tmp_path: Path, cls: str, config: str) -> None:
+    pytest.importorskip("onnxscript")
+    if config:
+        settings = sized(getattr(transformers, config))
+    else:
+        bert = sized(transformers.BertConfig)
+        settings = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert)
+    with pytest.raises(
+        GaPError, match=rf"^onnx: {cls} has no graphs of the kinds that are known \([^\n]+\); expected a model"
+    ):
+        write_onnx(getattr(transformers, cls)(settings), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt2().save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(GaPError, match="link: expected a new or empty folder"):
+        export(tmp_path / "model", tmp_path / "link", "onnx")
+    assert (tmp_path / "link").is_symlink()
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", "here")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(GaPError, match=r"new: cannot be written: .*Permission denied"):
+        export(tmp_path / "model", tmp_path / "new", "onnx")
 
 
 @pytest.mark.parametrize(
