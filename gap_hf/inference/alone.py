@@ -96,10 +96,8 @@ class AloneProduct(Product):
         return weight.detach().contiguous() if weight is self.placeholder else None
 
 
-@torch.compiler.disable
-def _is_of_outside(packed: Packed, weight: Tensor) -> bool:
-    """`Packed.is_of`, asked outside of the graph that torch.compile writes, in which tensors have no addresses."""
-    return packed.is_of(weight)
+# Asked outside of the graph that torch.compile writes, in which tensors have no addresses.
+_is_of_outside: Any = torch.compiler.disable(Packed.is_of)
 
 
 class _Alone(CopiesAreOrdinary):
