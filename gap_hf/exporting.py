@@ -41,7 +41,10 @@ def export(folder: Path, output: Path, format: str) -> str:
         GaPError: if the model cannot be written so, was changed, or `output` cannot be written. There is no `output` then.
     """
     assert format in FORMATS
-    return FORMATS[format](folder, output)
+    try:
+        return FORMATS[format](folder, output)
+    except OSError as error:
+        raise GaPError(f"{output}: cannot be written: {error}") from None
 
 
 def _timm(folder: Path, output: Path) -> str:
@@ -104,8 +107,9 @@ def _ctranslate2(folder: Path, output: Path) -> str:
 
 
 def _into(output: Path, write: Callable[[Path], str]) -> str:
-    if not output.parent.is_dir() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise GaPError(f"{output}: expected a new or empty folder, in one that exists")
+    is_taken = output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir())))
+    if is_taken or not output.parent.is_dir():
+        raise GaPError(f"{output}: expected a new or empty folder, no link, in one that exists")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         made = Path(scratch) / "new"
         made.mkdir()

@@ -29,10 +29,18 @@ def write_onnx(model: Any, folder: Path) -> list[Graph]:
         The graphs.
 
     Raises:
-        GaPError: if onnx or onnxscript is missing, or torch cannot trace the model.
+        GaPError: if onnx or onnxscript is missing, the model is of another kind, or torch cannot trace it.
     """
     require("onnx", "onnxscript")
-    graphs = graphs_of(model.eval())
+    try:
+        graphs = graphs_of(model.eval())
+    except GaPError:
+        raise
+    except Exception as error:  # whatever a model of another kind stumbles over
+        raise GaPError(
+            f"onnx: {type(model).__name__} has no graphs of the kinds that are known ({first_line(error)}); expected a model that "
+            "encodes, classifies, or generates with keys and values"
+        ) from error
     for graph in graphs:
         try:
             write_graph(graph, folder / f"{graph.name}.onnx")

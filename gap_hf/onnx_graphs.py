@@ -53,8 +53,20 @@ def graphs_of(model: Any) -> list[Graph]:
     return [_causal(model) if model.can_generate() else _tokens(model)]
 
 
+def main_output(output: Any) -> str:
+    """The name of what a model without a past is run for: its logits, or else its last hidden states.
+
+    Raises:
+        GaPError: if it gives neither.
+    """
+    for name in ("logits", "last_hidden_state"):
+        if name in output:
+            return name
+    raise GaPError(f"the model gives {', '.join(output)}, expected logits or last_hidden_state")
+
+
 class _First(nn.Module):
-    """Of a model without a past: its logits, or else its last hidden states."""
+    """Of a model without a past: its main output."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -62,7 +74,7 @@ class _First(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        return output["logits"] if "logits" in output else output["last_hidden_state"]
+        return output[main_output(output)]
 
 
 class _Causal(nn.Module):
@@ -148,7 +160,7 @@ def _tokens(model: Any) -> Graph:
     ids, axes = _ids(model, _SOURCE), {0: "batch", 1: "sequence"}
     module = _First(model, names)
     with torch.inference_mode():
-        output = "logits" if "logits" in model(input_ids=ids) else "last_hidden_state"
+        output = main_output(model(input_ids=ids))
     return Graph(MODEL, module, (ids, torch.ones_like(ids)), ((axes, axes),), names, (output,))
 
 

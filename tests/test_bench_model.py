@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
+    BertForPreTraining,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     MarianConfig,
     MarianMTModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
-from gap_hf import save_pretrained
+from gap_hf import GaPError, save_pretrained
 from gap_hf.bench.measure import Settings, measure
 from gap_hf.bench.profile import LOOP, OUTPUT_LAYER, SPARSE_LAYERS
 from gap_hf.bench.results import GENERATE, LAYERS, Agreement, make_cell, verdict
@@ -52,6 +60,24 @@ def marian() -> MarianMTModel:
     model = MarianMTModel(MarianConfig(vocab_size=64, d_model=256, max_position_embeddings=64, **special, **sides))
     model.generation_config.bad_words_ids = [[63]]
     return model.eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
+    ).eval()
+
+
+def words(folder: Path, last: str = "w63") -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = [*(f"w{i}" for i in range(63)), last]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", unk_token="w1", pad_token=last).save_pretrained(
+        folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +196,92 @@ def test_a_dense_model_has_nothing_of_ours() -> None:
     assert "ours was not timed" in as_text(report)
 
 
+_BERT = BertConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+)
+_SIDES = {f"{side}_{key}": 1 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+
+
+@pytest.mark.parametrize(
+    ("make", "length", "expected"),
+    [
+        (
+            lambda: BartForSequenceClassification(BartConfig(vocab_size=64, d_model=16, **_SIDES)),
+            5,
+            "BartForSequenceClassification is an encoder-decoder that does not generate",
+        ),
+        (
+            lambda: BertForQuestionAnswering(_BERT),
+            5,
+            "gives start_logits, end_logits, expected logits or last_hidden_state",
+        ),
+        (lambda: BertForPreTraining(_BERT), 5, "gives prediction_logits, seq_relationship_logits, expected logits or"),
+        (lambda: BertForSequenceClassification(_BERT), 17, "--length: found 17, but the model has 16 positions"),
+        (
+            lambda: RobertaForMaskedLM(RobertaConfig(**{**_BERT.to_diff_dict(), "pad_token_id": 1})),
+            16,
+            "RobertaForMaskedLM cannot be run on input_ids of shape (2, 16): index",
+        ),
+    ],
+    ids=["encoder-decoder", "two logits", "pretraining", "positions", "fewer positions"],
+)
+def test_models_that_cannot_be_measured(make: Any, length: int, expected: str) -> None:
+    said: list[str] = []
+    with pytest.raises(GaPError, match=re.escape(expected)):
+        measure(subject_of(make()), TORCH, Settings(batches=(2,), repeats=3, length=length), say=said.append)
+    assert not said  # no rival was made before it
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+def test_texts_that_are_too_long(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    model: Any = marian() if kind == "seq2seq" else gpt2()
+    model.save_pretrained(tmp_path / "model")
+    words(tmp_path / "model")
+    (tmp_path / "text").write_text("w5 w6\n" * 3 + "w7 " * 65 + "\n", encoding="utf-8")
+    arguments = [
+        "bench",
+        str(tmp_path / "model"),
+        f"--text={tmp_path / 'text'}",
+        "--quiet",
+        "--rivals=bf16",
+        "--batch=4",
+    ]
+    if kind == "causal":
+        (tmp_path / "text").write_text("w7 " * 30, encoding="utf-8")
+        arguments.append("--tokens=3")
+    assert main(arguments) == 2
+    limit, tokens = (64, 65) if kind == "seq2seq" else (32, 30)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gap-hf: error: ")]
+    assert (
+        len(error) == 1
+        and f"--text: its sources have up to {tokens} tokens" in error[0]
+        and f"{limit} positions" in error[0]
+    )
+
+
+def test_a_file_that_cannot_be_written_comes_after_the_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    small = ["--batch=1", "--repeats=3", "--tokens=2", "--length=4", "--rivals=fp32", "--no-layers", "--quiet"]
+    assert main(["bench", str(folder), *small, f"--json={tmp_path / 'x.json'}"]) == 2
+    out = capsys.readouterr()
+    assert "as fast as" in out.out and "x.json cannot be written: No space left on device" in out.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--json=."], "--json: . is a folder, expected a file"),
+        (["--plot=."], "--plot: . is a folder, expected a file"),
         (["--rivals=onnx-int4"], "--rivals: unknown 'onnx-int4'; did you mean 'onnx-int8'?"),
         (["--repeats=2"], "--repeats: found 2, expected at least 3"),
         (["--tokens=1"], "--tokens: found 1, expected at least 2"),

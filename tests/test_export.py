@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_bench_model import marian, pruned
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+import transformers
+from test_bench_model import gpt2, marian, pruned, words
 
 from gap_hf import GaPError, save_pretrained
 from gap_hf.cli import main
-from gap_hf.onnx_files import compare_with_torch
+from gap_hf.exporting import export
+from gap_hf.onnx_files import compare_with_torch, write_onnx
 from gap_hf.onnx_graphs import MODEL, Graph
 from gap_hf.quiet import quiet
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
-    ).eval()
-
-
-def words(folder: Path, last: str = "w63") -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    names = [*(f"w{i}" for i in range(63)), last]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w1"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", unk_token="w1", pad_token=last).save_pretrained(
-        folder
-    )
 
 
 def test_onnx_of_a_language_model_goes_on_from_any_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +98,57 @@ def test_ctranslate2_translates_the_same(tmp_path: Path, capsys: pytest.CaptureF
             min_decoding_length=9,
         )
         assert [[int(t[1:]) for t in r.hypotheses[0]] for r in found] == expected[:, 1:].tolist()
+
+
+def sized(config: Any, **more: Any) -> Any:
+    sides = {f"{side}_{key}": 1 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    names = ("d_model", "hidden_size", "n_embd")
+    layers = ("num_layers", "num_hidden_layers", "n_layer")
+    heads = ("num_heads", "num_attention_heads", "n_head")
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    known = dict.fromkeys(names, 16) | dict.fromkeys(layers, 1) | dict.fromkeys(heads, 2) | sides | special
+    return config(vocab_size=64, **known, **more)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        ("BartModel", "BartConfig"),
+        ("T5Model", "T5Config"),
+        ("BartForSequenceClassification", "BartConfig"),
+        ("MambaForCausalLM", "MambaConfig"),
+        ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig"),
+        ("EncoderDecoderModel", ""),
+    ],
+)
+def test_models_that_have_no_such_graphs(tmp_path: Path, cls: str, config: str) -> None:
+    pytest.importorskip("onnxscript")
+    if config:
+        settings = sized(getattr(transformers, config))
+    else:
+        bert = sized(transformers.BertConfig)
+        settings = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert)
+    with pytest.raises(
+        GaPError, match=rf"^onnx: {cls} has no graphs of the kinds that are known \([^\n]+\); expected a model"
+    ):
+        write_onnx(getattr(transformers, cls)(settings), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt2().save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(GaPError, match="link: expected a new or empty folder"):
+        export(tmp_path / "model", tmp_path / "link", "onnx")
+    assert (tmp_path / "link").is_symlink()
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", "here")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(GaPError, match=r"new: cannot be written: .*Permission denied"):
+        export(tmp_path / "model", tmp_path / "new", "onnx")
 
 
 @pytest.mark.parametrize(

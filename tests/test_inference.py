@@ -23,6 +23,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import pipeline
 from transformers.pytorch_utils import Conv1D
 
@@ -275,6 +276,91 @@ def test_changed_weights_are_packed_anew() -> None:
 
 
 @pytest.mark.usefixtures("always_sparse")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", ["strided", "expanded", "one", "other type"])
+def test_a_bias_that_no_kernel_can_read_runs_dense(bias: str, dtype: torch.dtype) -> None:
+    layer = sparse_linear(40, 48, 16).to(dtype)
+    optimize_for_inference(layer)
+    x = torch.randn(3, 40).to(dtype)
+    run = product.direct(layer)  # type: ignore[arg-type]
+    for _ in range(2):
+        run(x)
+    made = {
+        "strided": torch.arange(96.0).to(dtype)[::2],
+        "expanded": torch.ones(1).to(dtype).expand(48),
+        "one": torch.ones(1).to(dtype),
+        "other type": torch.ones(48, dtype=torch.float64),
+    }[bias]
+    for call in (layer, run):
+        layer.bias.data = torch.zeros(48, dtype=dtype)
+        call(x)
+        layer.bias.data = made  # the same parameter
+        if bias == "other type":
+            with pytest.raises(RuntimeError, match="type"):
+                layer(x)
+        else:
+            assert torch.equal(call(x), nn.functional.linear(x, layer.weight, made))
+    fresh = sparse_linear(40, 48, 16).to(dtype)
+    fresh.bias = nn.Parameter(made, requires_grad=False)
+    choice.MEMORY.forget()
+    choice.cache_file().unlink()
+    optimize_for_inference(fresh, token_counts=[3])
+    assert not choice.cache_file().exists()  # the time of nothing is not remembered
+
+
+@pytest.mark.usefixtures("always_sparse")
+@pytest.mark.parametrize("hidden", [True, False], ids=["data", "parameter"])
+def test_a_weight_of_another_shape_or_type_is_packed_anew(hidden: bool) -> None:
+    def give(module: Any, weight: Tensor) -> None:
+        if hidden:
+            module.weight.data = weight  # at the same address, and torch counts no change
+        else:
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+    x = torch.randn(5, 40)
+    layer = sparse_linear(10, 48).requires_grad_(False)
+    optimize_for_inference(layer, token_counts=[1])
+    layer(x[:, :10])
+    give(layer, layer.weight.data.view(12, 40))
+    layer.bias = None  # type: ignore[assignment]
+    assert_close(layer(x), x, layer.weight, None)
+    give(layer, layer.weight.data[:7])
+    assert_close(layer(x), x, layer.weight, None)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(x[:, :10])
+    optimize_for_inference(layer, token_counts=[1, 4])
+    give(layer, layer.weight.data.view(torch.bfloat16)[:, :40])
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+    conv = nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False)
+    prune(conv.weight.flatten(1))
+    optimize_for_inference(conv)
+    image = torch.randn(1, 16, 5, 5)
+    conv(image)
+    for weight in (conv.weight.data[:, :8].contiguous(), conv.weight.data[..., 1:, 1:].contiguous()):
+        give(conv, weight)
+        channels = image[:, : weight.shape[1]]
+        want = nn.functional.conv2d(channels, weight, conv.bias, padding=1)
+        torch.testing.assert_close(conv(channels), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_sparse")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by torch's own forward_ad
+@pytest.mark.parametrize("alone", [False, True], ids=["beside dense", "alone"])
+def test_tangents_and_transforms_run_dense(alone: bool) -> None:
+    layer = sparse_linear(40, 48)
+    plain = copy.deepcopy(layer)
+    optimize_for_inference(layer, keep_dense=not alone)
+    x, tangent = torch.randn(3, 40), torch.randn(3, 40)
+    with torch.no_grad(), forward_ad.dual_level():
+        got = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(got, tangent @ plain.weight.t())
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (tangent,))[1], tangent @ plain.weight.t())
+    torch.testing.assert_close(torch.func.vmap(layer)(x), plain(x))
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).sum())(x), plain.weight.sum(0).expand(3, 40))
+
+
+@pytest.mark.usefixtures("always_sparse")
 def test_gradients_run_dense_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
     layer = sparse_linear(40, 48).requires_grad_(True)
     plain = copy.deepcopy(layer)
@@ -501,6 +587,24 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch
     memory = choice.Memory()
     memory.set("key", "singles")
     assert memory.get("key", ("singles",)) == "singles"
+
+
+def test_no_home_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    choice.MEMORY.set("key", "blocks")
+    assert choice.MEMORY.get("key", ("blocks",)) == "blocks"
+    monkeypatch.delenv("GAP_HF_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.chdir(tmp_path)
+    assert choice.MEMORY.get("key", ("blocks",)) is None  # known in another folder
+    layer = sparse_linear(40, 48)
+    optimize_for_inference(layer, token_counts=[1])
+    layer(torch.randn(1, 40))
+    choice.MEMORY.set("key", "blocks")
+    assert choice.MEMORY.get("key", ("blocks",)) == "blocks"  # in this process
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_what_is_slower_at_one_end_of_a_range_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

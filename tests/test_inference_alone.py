@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gap_hf import GaPError, inference_report, optimize_for_inference, restore
 from gap_hf.inference import compiled
 from gap_hf.inference.alone import AloneConv1D, AloneLinear
+from gap_hf.inference.layers import SparseLinear
 from tests import toys
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -143,6 +144,96 @@ def test_a_weight_that_was_moved_past_the_layer_is_refused() -> None:
         model(torch.randn(3, 40))
 
 
+def fill_in_place(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.fill_(0.5)
+
+
+def put_behind(weight: nn.Parameter) -> None:
+    weight.data = torch.ones(weight.shape)
+
+
+def put_behind_twice(weight: nn.Parameter) -> None:
+    for _ in range(2):  # where what was there at first may be freed, and its address used again
+        weight.data = torch.ones(1).expand(weight.shape)
+
+
+def put_there_in_another_type(weight: nn.Parameter) -> None:
+    weight.data = torch.ones(weight.shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize(
+    "change", [fill_in_place, put_behind, put_behind_twice, put_there_in_another_type, lambda w: w.zero_()]
+)
+def test_a_weight_that_is_changed_through_its_parameter_counts(change: Any, layer: int) -> None:
+    model = optimize_for_inference(model_of(8), keep_dense=False)
+    changed: Any = model[layer]
+    change(changed.weight)
+    want = changed.weight.detach().clone()
+    x = torch.randn(3, 40 if layer == 0 else 48)
+    matrix = want.t() if layer else want
+    if want.dtype is torch.bfloat16:
+        with pytest.raises(RuntimeError, match="type"):  # as dense does
+            changed(x)
+        changed.bias.data = changed.bias.data.bfloat16()
+        x = x.bfloat16()
+    for _ in range(2):
+        torch.testing.assert_close(changed(x), nn.functional.linear(x, matrix, changed.bias))
+    assert torch.equal(model.state_dict()[f"{layer}.weight"], want)
+    assert torch.equal(copy.deepcopy(model)[layer].weight, want)  # type: ignore[index]
+    parameter = changed.weight
+    restore(model)
+    assert changed.weight is parameter and torch.equal(parameter, want)
+    with torch.no_grad():
+        parameter[0, 0] = 7  # every number has its place again
+    assert int((parameter != want).sum()) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_type_that_was_changed_past_the_layer_is_refused(tokens: int) -> None:
+    model = optimize_for_inference(model_of(8), keep_dense=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    with pytest.raises(GaPError, match=r"converted by copying its parameter.*; expected model\.to\("):
+        model(torch.randn(tokens, 40).bfloat16())
+
+
+def test_a_placeholder_that_is_made_under_inference_mode_counts_its_changes() -> None:
+    with torch.inference_mode():
+        model = optimize_for_inference(model_of(8), keep_dense=False)
+        model[0].weight.zero_()  # type: ignore[operator]
+        x = torch.randn(3, 40)
+        assert torch.equal(model[0](x), model[0].bias.expand(3, 48))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_weights_get_the_gradients_that_dense_gives(rows: int) -> None:
+    model = model_of(rows).requires_grad_(True)
+    x = torch.randn(5, 40)
+    names = [name for name, _ in model.named_parameters()]
+    want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    optimize_for_inference(model, keep_dense=False)
+    model(x).square().sum().backward()
+    for name, gradient in zip(names, want, strict=True):
+        found = model.get_parameter(name).grad
+        assert found is not None, name
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in restore(model).parameters())
+
+
+def test_under_torch_compile_weights_are_made_and_changes_are_seen() -> None:
+    layer: Any = model_of(8)[0].requires_grad_(True)
+    x = torch.randn(5, 40)
+    want = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    optimize_for_inference(layer, keep_dense=False)
+    run = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(torch.autograd.grad(run(x).square().sum(), layer.weight), want)
+    with torch.no_grad():
+        layer.weight.zero_()
+        assert torch.equal(run(x), layer.bias.expand(5, 48))
+
+
 def test_a_weight_that_is_lent_is_not_held() -> None:
     model = optimize_for_inference(model_of(8), keep_dense=False)
     weights = [torch.ones(48, 40), torch.zeros(48, 40)]
@@ -179,6 +270,24 @@ def test_once_more_and_back_to_keeping() -> None:
     for keep in (False, False, True, False):
         optimize_for_inference(model, keep_dense=keep)
         assert (type(model[0]) is AloneLinear) is not keep
+    assert toys.same_tensors(dict(model.state_dict()), dict(before))
+
+
+def test_masks_are_looked_for_in_weights_that_are_made_anew() -> None:
+    model = model_of(8)
+    before, masks = copy.deepcopy(model.state_dict()), {"0.weight": (model[0].weight != 0).to(torch.uint8)}  # type: ignore[union-attr, operator]
+    for _ in range(2):
+        optimize_for_inference(model, masks=masks, keep_dense=False)
+        assert type(model[0]) is AloneLinear and type(model[2]) is Conv1D
+    optimize_for_inference(model, keep_dense=False)
+    weight = model[0].weight
+    with pytest.raises(GaPError, match="masked weights that are not 0"):
+        optimize_for_inference(model, masks={"0.weight": torch.zeros(48, 40)})
+    with pytest.raises(GaPError, match="decode_step: Sequential does not generate"):
+        optimize_for_inference(model, decode_step="exported")
+    assert model[0].weight is weight and bool(weight.isnan().all())  # type: ignore[union-attr, operator]  # nothing was touched
+    optimize_for_inference(model, masks=masks)
+    assert [type(m) for m in model] == [SparseLinear, nn.GELU, Conv1D, nn.Linear]
     assert toys.same_tensors(dict(model.state_dict()), dict(before))
 
 

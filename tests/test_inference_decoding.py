@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_inference import always_sparse, fresh, in_forked_child, prune  # noqa: F401  # fixtures
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import (
     BertConfig,
     BertModel,
@@ -192,6 +193,9 @@ def test_modules_run_where_a_line_would_not_do() -> None:
     assert torch.equal(generate(model, sources(), cache_implementation="static")[0], want)
     assert model.gap_step.steps == steps
     with torch.autocast("cpu", torch.bfloat16):
+        generate(model, sources())
+    assert model.gap_step.steps == steps
+    with torch.no_grad(), forward_ad.dual_level():  # a tangent could be anywhere in the cache
         generate(model, sources())
     assert model.gap_step.steps == steps
 
@@ -454,6 +458,7 @@ def test_errors() -> None:
     with pytest.raises(GaPError, match="decode_step: found 'compiled', expected None or 'exported'"):
         optimize_for_inference(bert, decode_step="compiled")
     assert not isinstance(bert, DecodesExported)
+    assert all(type(layer) is nn.Linear for layer in bert.modules() if isinstance(layer, nn.Linear))
     model = make("gpt2")
     model.transformer.h[0].forward = model.transformer.h[0].forward
     with pytest.raises(GaPError, match=r"decode_step: the forward of 'transformer\.h\.0' has been replaced"):

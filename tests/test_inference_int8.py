@@ -59,11 +59,21 @@ def test_the_best_are_exact_and_the_others_near(dtype: torch.dtype, data: st.Dat
     assert bool(((got.double() - want).abs() <= bound).all())
     plain = torch.nn.functional.linear(x, weight, bias)
     rounding = 1e-5 if dtype is torch.float32 else 0.02
-    best = got.float().topk(min(ANEW, num_out) // 2 or 1, dim=-1).indices if bias is None else None
-    if best is not None:
-        torch.testing.assert_close(
-            got.gather(-1, best), plain.gather(-1, best), rtol=rounding, atol=rounding * float(row.max()) * num_in
-        )
+    best = got.float().topk(min(ANEW, num_out) // 2 or 1, dim=-1).indices
+    torch.testing.assert_close(
+        got.gather(-1, best), plain.gather(-1, best), rtol=rounding, atol=rounding * float(row.max()) * num_in
+    )
+
+
+def test_a_bias_decides_which_are_the_best() -> None:
+    """Without the bias the second half has the largest outputs, with it the first."""
+    weight, x = numbers(200, 64, seed=0), numbers(20, 64, seed=1)
+    bias = torch.where(torch.arange(200) < 100, 100.0, 0.0)
+    weight[100:] *= 3
+    plain = torch.nn.functional.linear(x, weight, bias)
+    best = plain.topk(ANEW // 2, dim=-1).indices
+    got = form_of(weight)(x, bias, 1).gather(-1, best)
+    torch.testing.assert_close(got, plain.gather(-1, best), rtol=1e-6, atol=1e-5)
 
 
 def test_an_argmax_that_int8_alone_gets_wrong() -> None:
@@ -117,8 +127,11 @@ def test_generate_gives_the_same_tokens(make: Any) -> None:
             assert type(other.get_output_embeddings().gap_product) is product.Int8Product
             other.get_output_embeddings()(numbers(1, head.shape[1], seed=1))
             assert inference_report(other)[-1].pattern == "int8"
-    optimize_for_inference(model)
-    assert all(layer.pattern != "int8" for layer in inference_report(model))
+    name = next(layer.name for layer in inference_report(model) if layer.pattern != "int8")
+    for masks in (None, {f"{name}.weight": model.get_submodule(name).weight != 0}):
+        optimize_for_inference(model, output_layer="int8", masks=masks)
+        optimize_for_inference(model, masks=masks)
+        assert all(layer.pattern != "int8" for layer in inference_report(model))
     optimize_for_inference(model, output_layer="int8")
     restore(model)
     assert type(model.get_output_embeddings()) is nn.Linear

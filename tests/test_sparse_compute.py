@@ -216,6 +216,18 @@ def test_layers_give_denses_outputs_and_gradients(rows: int, bias: bool, calls: 
     assert calls == {"output": 6, "input_gradient": 6, "weight_gradient": 6, "dense": 0}
 
 
+def test_a_bias_that_no_kernel_can_read_runs_dense() -> None:
+    model, sparsifier = two()
+    x = torch.randn(40, 48)
+    for bias in (torch.arange(128.0)[::2], torch.ones(1).expand(64), torch.ones(1)):
+        model.first.bias = nn.Parameter(bias)
+        want = gradients(model, x)
+        with sparse_compute(sparsifier):
+            got = gradients(model, x)
+        del got["first.weight"], want["first.weight"]  # whole
+        assert_same_but_for_masked(got, want, sparsifier)
+
+
 def test_inputs_of_any_layout_and_gradients_that_are_not_asked_for(calls: dict[str, int]) -> None:
     model, sparsifier = two()
     turned = torch.randn(48, 60).t()

@@ -14,7 +14,7 @@ from gap_hf.bench.machine import machine
 from gap_hf.bench.profile import where_time_goes
 from gap_hf.bench.results import FORWARD, GENERATE, LAYERS, Agreement, Cell, Part, Report, make_cell
 from gap_hf.bench.rivals import BASE, OURS, Inputs, Rival, TorchRival, make_rivals, scratch_folder
-from gap_hf.bench.subject import SEQ2SEQ, Job, Subject, random_inputs, text_inputs
+from gap_hf.bench.subject import IMAGES, SEQ2SEQ, Job, Subject, random_inputs, text_inputs
 from gap_hf.bench.timing import in_turns
 from gap_hf.errors import GaPError, first_line
 from gap_hf.quiet import quiet
@@ -66,18 +66,13 @@ def measure(
         GaPError: if the model does not take what it would be given.
     """
     subject = replace(subject, output_layer=settings.output_layer, decode_step=settings.decode_step)
-    limit = getattr(subject.model.config, "max_position_embeddings", None)
-    needed = max(settings.length, settings.tokens + (0 if subject.task == SEQ2SEQ else settings.length))
-    if subject.generates and isinstance(limit, int) and needed > limit:
-        raise GaPError(
-            f"--tokens, --length: found {settings.tokens} and {settings.length}, but the model has {limit} positions"
-        )
 
     def inputs_of(batch: int) -> Inputs:
         if lines is not None:
             return text_inputs(subject, lines, batch)
         return random_inputs(subject, batch, settings.length)
 
+    _check_inputs(subject, settings, inputs_of(max(settings.batches)), is_text=lines is not None)
     before = torch.get_num_threads()
     try:
         with scratch_folder() as scratch, quiet():
@@ -99,6 +94,31 @@ def measure(
         agreement=tuple(agreement),
         cells=tuple(cells),
         profile=profile,
+    )
+
+
+def _check_inputs(subject: Subject, settings: Settings, inputs: Inputs, *, is_text: bool) -> None:
+    """Before rivals are made, which takes a while."""
+    limit = getattr(subject.model.config, "max_position_embeddings", None)
+    if subject.task != IMAGES and isinstance(limit, int):
+        needed = length = inputs["input_ids"].shape[1]
+        if subject.generates:
+            needed = max(length, settings.tokens + (0 if subject.task == SEQ2SEQ else length))
+        if needed > limit:
+            found = f"--text: its sources have up to {length} tokens" if is_text else f"--length: found {length}"
+            also = f", and --tokens is {settings.tokens}" if subject.generates else ""
+            raise GaPError(f"{found}{also}, but the model has {limit} positions")
+    if not subject.generates:
+        try:
+            TorchRival(subject, subject.model).forward(inputs)()
+        except Exception as error:  # whatever a stranger's model raises
+            raise _cannot_run(subject, inputs, error) from error
+
+
+def _cannot_run(subject: Subject, inputs: Inputs, error: Exception) -> GaPError:
+    name, x = next(iter(inputs.items()))
+    return GaPError(
+        f"{subject.folder}: {type(subject.model).__name__} cannot be run on {name} of shape {tuple(x.shape)}: {first_line(error)}"
     )
 
 
@@ -128,7 +148,7 @@ class _Work:
                     output = self._output(rival, inputs, beams, base)
                 except Exception as error:  # a rival's failure is a finding, not the end of the measurement
                     if name == BASE:
-                        raise
+                        raise _cannot_run(self.subject, inputs, error) from error
                     self.failed[name] = f"it failed: {first_line(error)}"
                     del self.rivals[name]
                     continue

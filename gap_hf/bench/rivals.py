@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gap_hf.bench.subject import CAUSAL, Job, Shape, Subject, search_settings
 from gap_hf.errors import GaPError, did_you_mean
+from gap_hf.onnx_graphs import main_output
 from gap_hf.quiet import quiet
 
 Inputs = Mapping[str, Tensor]
@@ -75,7 +76,7 @@ class TorchRival:
         def call() -> Tensor:
             with torch.inference_mode():
                 output = self.model(**given)
-                return (output["logits"] if "logits" in output else output["last_hidden_state"]).float()
+                return output[main_output(output)].float()
 
         return call
 

@@ -84,7 +84,7 @@ def subject_of(model: Any, folder: Path = Path()) -> Subject:
     """A model that is loaded already. Its generation config is replaced, or its values would come back in every search.
 
     Raises:
-        GaPError: if it takes neither token ids nor pixels.
+        GaPError: if it takes neither token ids nor pixels, or is an encoder-decoder that does not generate.
     """
     model = model.eval()
     if model.main_input_name == "pixel_values":
@@ -93,6 +93,11 @@ def subject_of(model: Any, folder: Path = Path()) -> Subject:
         raise GaPError(f"{folder}: the model takes '{model.main_input_name}', expected input_ids or pixel_values")
     elif model.config.is_encoder_decoder:
         task = SEQ2SEQ
+        if not model.can_generate():
+            raise GaPError(
+                f"{folder}: {type(model).__name__} is an encoder-decoder that does not generate, expected a model that generates, "
+                "or an encoder"
+            )
     else:
         task = CAUSAL if model.can_generate() else ENCODER
     special = Special()

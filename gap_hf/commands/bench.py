@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         path = getattr(args, option)
         if path is not None and not path.parent.is_dir():
             raise GaPError(f"--{option}: {path.parent} is no folder that exists")
+        if path is not None and path.is_dir():
+            raise GaPError(f"--{option}: {path} is a folder, expected a file")
     if args.plot is not None:
         from gap_hf.tables import check_plot
 
@@ -90,9 +92,12 @@ def run(args: argparse.Namespace) -> int:
         decode_step=args.decode_step,
     )
     report = measure(load_subject(args.folder), names, settings, lines=lines, say=_progress(args.quiet))
+    print(as_text(report), flush=True)
     if args.json is not None:
-        args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    print(as_text(report))
+        try:
+            args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise GaPError(f"--json: {args.json} cannot be written: {error}") from None
     if args.plot is not None:
         plot(report, args.plot)
     return 0

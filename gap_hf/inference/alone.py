@@ -17,30 +17,61 @@ from gap_hf.inference.product import Layer, Packed, Product, is_allowed, is_reco
 from gap_hf.inference.zeros import structure_of
 
 
+class _Passed(torch.autograd.Function):
+    """The second tensor, as if it were the first: what is asked of its gradient goes there."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(placeholder: Tensor, made: Tensor) -> Tensor:  # type: ignore[override]
+        return made.view_as(made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
 class AloneProduct(Product):
     """Stands in a layer for a weight that is there no more.
 
     Attributes:
         form: Holds the live values.
         placeholder: The layer's parameter now: of the weight's shape and type, one NaN in memory, so that whoever reads the
-            weight past the layer notices.
+            weight past the layer notices. Once somebody has changed it, it counts as a weight that was given to the layer.
     """
 
     def __init__(self, form: CompiledForm, placeholder: nn.Parameter, packed: Packed) -> None:
         super().__init__()
         self.form, self.placeholder, self.packed = form, placeholder, packed
+        self._nothing = placeholder.detach()  # held, so that nothing else is put at its address
         self._looked_at: weakref.ref[Tensor] | None = None  # what was in the placeholder's place
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """The layer's output; dense where an input is not finite or gradients are asked for."""
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        if weight is not self.placeholder:  # somebody gave the layer another one
+        if not self.is_untouched(weight):
             self._check_given(weight)
             return layer.dense(x)
         out = None
         if is_allowed(x, weight, bias) and layer.num_tokens(x):
             out = layer.sparse(x, self.form, torch.get_num_threads())
-        return nn.functional.linear(x, self.form.matrix(), bias) if out is None else out
+        if out is not None:
+            return out
+        matrix = self.form.matrix()
+        if weight.requires_grad and torch.is_grad_enabled():
+            made = layer.matrix(matrix)  # turning twice is turning back
+            matrix = layer.matrix(cast(Tensor, _Passed.apply(weight, made)))
+        return nn.functional.linear(x, matrix, bias)
+
+    def is_untouched(self, weight: Tensor) -> bool:
+        """Whether a layer's weight is the placeholder as it was made."""
+        if weight is not self.placeholder or self.packed is None:
+            return False
+        return _is_of_outside(self.packed, weight) if torch.compiler.is_compiling() else self.packed.is_of(weight)
 
     def _check_given(self, weight: Tensor) -> None:
         is_known = self._looked_at is not None and self._looked_at() is weight
@@ -52,14 +83,21 @@ class AloneProduct(Product):
             return
         if is_nothing:
             raise GaPError(
-                "a layer without its dense weight was moved by copying its parameter, as accelerate's dispatch_model does; "
-                "expected model.to(device), or gap_hf.restore(model) before it"
+                "a layer without its dense weight was moved or converted by copying its parameter, as accelerate's dispatch_model does; "
+                "expected model.to(device or dtype), or gap_hf.restore(model) before it"
             )
         self._looked_at = weakref.ref(weight)
 
-    def dense_weight(self, layer: Layer) -> Tensor:
-        """The weight as it was, made anew."""
-        return layer.matrix(self.form.matrix()).contiguous()  # turning twice is turning back
+    def dense_weight(self, layer: Layer) -> Tensor | None:
+        """The weight as it was, made anew, or what the placeholder was changed to; None if the layer has another one."""
+        weight = layer._parameters["weight"]
+        if self.is_untouched(weight):
+            return layer.matrix(self.form.matrix()).contiguous()
+        return weight.detach().contiguous() if weight is self.placeholder else None
+
+
+# Asked outside of the graph that torch.compile writes, in which tensors have no addresses.
+_is_of_outside: Any = torch.compiler.disable(Packed.is_of)
 
 
 class _Alone(CopiesAreOrdinary):
@@ -70,8 +108,8 @@ class _Alone(CopiesAreOrdinary):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         me = cast(Any, self)
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        if me._parameters["weight"] is self.gap_product.placeholder:
-            destination[prefix + "weight"] = self.gap_product.dense_weight(me)
+        if (weight := self.gap_product.dense_weight(me)) is not None:
+            destination[prefix + "weight"] = weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         take_back(cast(Any, self))
@@ -87,9 +125,9 @@ class _Alone(CopiesAreOrdinary):
 
     def ordinary_state(self) -> dict[str, Any]:
         me, state = cast(Any, self), super().ordinary_state()
-        if me._parameters["weight"] is self.gap_product.placeholder:
-            weight = nn.Parameter(self.gap_product.dense_weight(me), self.gap_product.placeholder.requires_grad)
-            state["_parameters"] = {**me._parameters, "weight": weight}
+        if (weight := self.gap_product.dense_weight(me)) is not None:
+            parameter = nn.Parameter(weight, self.gap_product.placeholder.requires_grad)
+            state["_parameters"] = {**me._parameters, "weight": parameter}
         return state
 
 
@@ -131,9 +169,10 @@ def give_up(layer: nn.Module) -> None:
         raise GaPError(
             "keep_dense: found False, which needs the kernels that llvmlite compiles; pip install 'gap_hf[inference]'"
         )
-    nothing = torch.full((1,), torch.nan, dtype=weight.dtype, device="cpu").expand(weight.shape)
-    placeholder = nn.Parameter(nothing, requires_grad=weight.requires_grad)
-    packed = Packed(placeholder, 0, None, structure, names={(torch.get_num_threads(), 0): name})
+    with torch.inference_mode(False):  # where changes are counted
+        nothing = torch.full((1,), torch.nan, dtype=weight.dtype, device="cpu").expand(weight.shape)
+        placeholder = nn.Parameter(nothing, requires_grad=weight.requires_grad)
+    packed = Packed(placeholder, structure, names={(torch.get_num_threads(), 0): name})
     alone._parameters["weight"] = placeholder
     alone.gap_product = AloneProduct(form, placeholder, packed)
 
@@ -142,8 +181,7 @@ def take_back(layer: nn.Module) -> None:
     """Make the layer ordinary again, with its whole weight."""
     alone = cast(Any, layer)
     product: AloneProduct = alone.gap_product
-    if alone._parameters["weight"] is product.placeholder:
-        weight = product.dense_weight(alone)
-        alone._parameters["weight"] = nn.Parameter(weight, requires_grad=product.placeholder.requires_grad)
+    if (weight := product.dense_weight(alone)) is not None:
+        product.placeholder.data = weight
     del alone.gap_product
     alone.__class__ = ORDINARY[type(layer)]

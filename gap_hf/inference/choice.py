@@ -96,10 +96,11 @@ class Memory:
         path = cache_file()
         if path == self._read_from:
             return
-        self._read_from, self._known = path, _entries(path)
+        self._read_from, self._known = path, {} if path is None else _entries(path)
 
     def _write(self) -> None:
-        path = cache_file()
+        if (path := cache_file()) is None:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"version": VERSION, "choices": {**_entries(path), **self._known}}, indent=1)
@@ -110,9 +111,12 @@ class Memory:
             logger.debug("Choices of sparse forms are not remembered: %s", error)
 
 
-def cache_file() -> Path:
-    """``$GAP_HF_CACHE/inference.json``; by default under ``~/.cache/gap_hf``."""
-    folder = os.environ.get("GAP_HF_CACHE") or Path.home() / ".cache" / "gap_hf"
+def cache_file() -> Path | None:
+    """``$GAP_HF_CACHE/inference.json``; by default under ``~/.cache/gap_hf``, and None where there is no home."""
+    try:
+        folder = os.environ.get("GAP_HF_CACHE") or Path.home() / ".cache" / "gap_hf"
+    except RuntimeError:
+        return None
     return Path(folder) / "inference.json"
 
 

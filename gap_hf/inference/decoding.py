@@ -21,6 +21,7 @@ from gap_hf.caches import CACHES, after_source, filled, tensors_of
 from gap_hf.errors import GaPError
 from gap_hf.inference.calls import Key, StepCall
 from gap_hf.inference.layers import ORDINARY, CopiesAreOrdinary
+from gap_hf.inference.product import is_transformed
 from gap_hf.inference.straight import straighten
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def ordinary_class(cls: type) -> Any:
     return getattr(cls, "gap_class", cls)
 
 
-def decode_exported(model: Any) -> None:
-    """Change the class of a model that generates. Lines are written when a step first needs one.
+def check_decodes(model: Any) -> None:
+    """Whether the decoding step of a model can be a line.
 
     Raises:
         GaPError: if it does not generate from token ids with a cache, is not on a CPU, or somebody, such as accelerate's hooks, has
@@ -71,7 +72,11 @@ def decode_exported(model: Any) -> None:
     for name, module in model.named_modules():
         if "forward" in vars(module):
             raise GaPError(f"decode_step: the forward of '{name}' has been replaced; expected the class's own, or None")
-    model.__class__ = _lean(cls)
+
+
+def decode_exported(model: Any) -> None:
+    """Change the class of a model that passes `check_decodes`. Lines are written when a step first needs one."""
+    model.__class__ = _lean(ordinary_class(type(model)))
     model.gap_step = DecodingStep(model)
 
 
@@ -143,7 +148,7 @@ class DecodingStep:
         return kind(**{name: _field(name, logits, call) for name in names})
 
     def _is_as_written(self, model: Any) -> bool:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_transformed():
             return False
         if any("forward" in own or own["training"] for own in self.own):
             return False

@@ -2,7 +2,8 @@
 
 A form is built from the weight and a bool matrix of what is live in it, and holds the live values as they are. It is called
 with `x` of shape (…, K), contiguous and of the weight's dtype, the bias or None, and a number of threads. It returns
-(…, N), or None where `x` holds NaN or an infinity: those times a masked weight are NaN, which a form that skips it cannot know.
+(…, N), or None where dense has to run: `x` holds NaN or an infinity, which times a masked weight are NaN, and a form that skips it
+cannot know, or a kernel cannot read the bias.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class CompiledForm:
         return out
 
     def __call__(self, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
+        if not can_read(bias, self.gives, self.dtype):
+            return None
         tokens = x.numel() // self.takes
         if self.dtype is not torch.float32:
             x, bias = x.float(), None if bias is None else bias.float()
@@ -92,11 +95,18 @@ class CompiledForm:
         bias = self.no_bias if bias is None else bias
 
         def call(x: Tensor) -> Tensor | None:
+            if not can_read(bias, self.gives, self.dtype):
+                return None
             y = x.new_empty(out)
             given = (self._layer_address, x.data_ptr(), bias.data_ptr(), y.data_ptr(), None, tokens)
             return None if kernel.run(given, kernel.threads(threads)) else y
 
         return call
+
+
+def can_read(bias: Tensor | None, num_out: int, dtype: torch.dtype) -> bool:
+    """Whether a bias is as kernels expect it: a number for each output, of the weight's type, side by side."""
+    return bias is None or (bias.dtype is dtype and bias.shape == (num_out,) and bias.is_contiguous())
 
 
 def blocks(weight: Tensor, live: Tensor, structure: Structure) -> Form | None:

@@ -46,7 +46,7 @@ def int8(weight: Tensor, live: Tensor, found: Structure) -> Form | None:
             return None
         rows = x.reshape(-1, x.shape[-1])
         y = torch.ops.quantized.linear_dynamic(rows.float(), packed, True)
-        best = y.topk(num_best, dim=-1).indices
+        best = (y if bias is None else y + bias).topk(num_best, dim=-1).indices
         exact = torch.bmm(weight[best], rows.unsqueeze(-1)).squeeze(-1)
         y = y.scatter_(-1, best, exact.float()).to(x.dtype)
         return (y if bias is None else y + bias).view(*x.shape[:-1], len(weight))

@@ -27,7 +27,8 @@ class SparseLinear(nn.Linear):
         return weight
 
     def num_tokens(self, x: Tensor) -> int:
-        return x.numel() // self.in_features if x.shape[-1] == self.in_features else 0
+        num_in = self._parameters["weight"].shape[-1]  # type: ignore[union-attr]  # somebody may have put a narrower one there
+        return x.numel() // num_in if x.shape[-1] == num_in else 0
 
     def dense(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self._parameters["weight"], self._parameters["bias"])  # type: ignore[arg-type]
@@ -36,7 +37,7 @@ class SparseLinear(nn.Linear):
         return form(x if x.is_contiguous() else x.contiguous(), self._parameters["bias"], threads)
 
     def samples(self, x: Tensor, range_: int) -> list[Tensor]:
-        return [_random((tokens, self.in_features), x) for tokens in ends_of(range_)]
+        return [_random((tokens, self.weight.shape[-1]), x) for tokens in ends_of(range_)]
 
     def kind(self) -> str:
         return ""
@@ -54,7 +55,8 @@ class SparseConv1D(Conv1D):
         return weight.t()
 
     def num_tokens(self, x: Tensor) -> int:
-        return x.numel() // self.weight.shape[0] if x.shape[-1] == self.weight.shape[0] else 0
+        num_in = self._parameters["weight"].shape[0]  # type: ignore[union-attr]
+        return x.numel() // num_in if x.shape[-1] == num_in else 0
 
     def dense(self, x: Tensor) -> Tensor:
         return Conv1D.forward(self, x)
@@ -96,7 +98,7 @@ class SparseConv2d(nn.Conv2d):
         return weight.flatten(1)
 
     def num_tokens(self, x: Tensor) -> int:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
+        if x.ndim != 4 or self.weight.shape[1:] != (x.shape[1], *self.kernel_size):
             return 0
         height, width = self._places(x)
         return x.shape[0] * height * width if min(height, width) > 0 else 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gap_hf.errors import GaPError, did_you_mean
 from gap_hf.inference import compiled
 from gap_hf.inference.alone import AloneProduct, can_give_up, give_up, take_back
-from gap_hf.inference.decoding import EXPORTED, DecodesExported, decode_exported, decode_ordinarily
+from gap_hf.inference.decoding import EXPORTED, DecodesExported, check_decodes, decode_exported, decode_ordinarily
 from gap_hf.inference.forms import fits_tensor_cores
 from gap_hf.inference.int8 import INT8
 from gap_hf.inference.layers import ORDINARY, SPARSE, why_not
@@ -111,17 +111,19 @@ def optimize_for_inference(
         raise GaPError(f"decode_step: found {decode_step!r}, expected None or '{EXPORTED}'")
     if any(not isinstance(count, int) or count < 1 for count in token_counts):
         raise GaPError(f"token_counts: found {list(token_counts)}, expected numbers of at least 1")
-    layers = {clean_name(name): module for name, module in model.named_modules() if _ordinary_class(module) is not None}
-    if masks is not None:
-        layers = _of_masks(layers, masks)
-    for module in layers.values():
-        if isinstance(getattr(module, "gap_product", None), Int8Product | AloneProduct):
-            restore(module)
+    if decode_step is not None:
+        check_decodes(model)
+    all_layers = {clean_name(name): m for name, m in model.named_modules() if _ordinary_class(m) is not None}
+    layers = all_layers if masks is None else _of_masks(all_layers, masks)
     sparsities = {name: _sparsity(module) for name, module in layers.items()}
     chosen = {name: layers[name] for name, share in sparsities.items() if share is not None and share >= MIN_SPARSITY}
     if not chosen:
         raise GaPError(_nothing_sparse(model, sparsities))
     head = None if output_layer is None else _output_layer(model, output_layer, chosen)
+    # Nothing was changed until here, as nothing was sure.
+    for module in all_layers.values():
+        if isinstance(getattr(module, "gap_product", None), Int8Product | AloneProduct):
+            restore(module)
     on_gpu = {name: module for name, module in chosen.items() if _device_of(module) != "cpu"}
     if len(on_gpu) < len(chosen):
         compiled.available()  # says now, not in the middle of a generation, if it is not
@@ -254,10 +256,18 @@ def _could_be_ours(module: nn.Module) -> bool:
     return why_not(module) is None and weight.is_floating_point() and weight.numel() >= MIN_WEIGHTS
 
 
-def _sparsity(module: nn.Module) -> float | None:
+def _weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight, made anew where it holds live values alone."""
+    product = getattr(module, "gap_product", None)
+    made = product.dense_weight(cast(Layer, module)) if isinstance(product, AloneProduct) else None
     weight = module._parameters["weight"]
     assert weight is not None
-    return 1 - int(torch.count_nonzero(weight.detach())) / weight.numel() if weight.numel() else None
+    return weight.detach() if made is None else made
+
+
+def _sparsity(module: nn.Module) -> float | None:
+    weight = _weight_of(module)
+    return 1 - int(torch.count_nonzero(weight)) / weight.numel() if weight.numel() else None
 
 
 def _of_masks(layers: dict[str, nn.Module], masks: MasksByName) -> dict[str, nn.Module]:
@@ -267,13 +277,12 @@ def _of_masks(layers: dict[str, nn.Module], masks: MasksByName) -> dict[str, nn.
         mask, path = masks[name], clean_name(name).removesuffix(".weight")
         if path not in layers:
             continue
-        weight = layers[path]._parameters["weight"]
-        assert weight is not None
         if mask is None:
             continue
+        weight = _weight_of(layers[path])
         if mask.shape != weight.shape:
             raise GaPError(f"masks['{name}'] has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
-        if wrong := int(((weight.detach() != 0) & (mask.to(weight.device) == 0)).sum()):
+        if wrong := int(((weight != 0) & (mask.to(weight.device) == 0)).sum()):
             raise GaPError(f"'{name}' has {wrong} masked weights that are not 0; expected a model that obeys its masks")
         found[path] = layers[path]
     if not found:

@@ -12,10 +12,11 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gap_hf.inference import compiled
 from gap_hf.inference.choice import DENSE, MEMORY, fastest, range_of
-from gap_hf.inference.forms import COMPILED, FORMS, CompiledForm, Form, candidates
+from gap_hf.inference.forms import COMPILED, FORMS, CompiledForm, Form, can_read, candidates
 from gap_hf.inference.int8 import INT8, int8
 from gap_hf.inference.zeros import Structure, structure_of
 
@@ -26,6 +27,7 @@ _told: set[str] = set()
 ALONE = " on 1 thread"
 _MAX_BOUND = 64  # shapes of one layer
 _LAUNCHES = 10  # of a GPU at a time, to measure
+_transforms: Any = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Layer(Protocol):
@@ -46,7 +48,7 @@ class Layer(Protocol):
         ...
 
     def sparse(self, x: Tensor, form: Form, threads: int) -> Tensor | None:
-        """The same by a form; None if the form saw an input that is not finite."""
+        """The same by a form; None if dense has to run."""
         ...
 
     def samples(self, x: Tensor, range_: int) -> list[Tensor]:
@@ -63,7 +65,7 @@ class Packed:
     """A weight as it was when its forms were made of it.
 
     Attributes:
-        weight: The parameter; `address` and `version` tell whether it has changed since.
+        weight: The parameter; `address`, `version`, `shape` and `dtype` tell whether it has changed since.
         structure: Of its zeros.
         chosen: By (threads, range of token counts): a form, or None where dense is faster.
         at: The same by (threads, token count), as it is looked up in every call.
@@ -71,17 +73,23 @@ class Packed:
     """
 
     weight: Tensor
-    address: int
-    version: int | None
     structure: Structure
     chosen: dict[tuple[int, int], Form | None] = field(default_factory=dict)
     at: dict[tuple[int, int], Form | None] = field(default_factory=dict)
     names: dict[tuple[int, int], str] = field(default_factory=dict)
     forms: dict[str, Form | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        weight = self.weight
+        self.address, self.shape, self.dtype = weight.data_ptr(), weight.shape, weight.dtype
+        # Tensors made under inference_mode do not count their changes.
+        self.version = None if weight.is_inference() else weight._version
+
     def is_of(self, weight: Tensor) -> bool:
-        is_same = weight is self.weight and weight.data_ptr() == self.address
-        return is_same and (self.version is None or weight._version == self.version)
+        if weight is not self.weight or weight.data_ptr() != self.address:
+            return False
+        is_same = self.version is None or weight._version == self.version
+        return is_same and weight.dtype is self.dtype and weight.shape == self.shape
 
     def form(self, name: str, matrix: Tensor) -> Form | None:
         """None where this weight cannot take it. Made when it is asked for first."""
@@ -95,11 +103,6 @@ class Packed:
 
 def _alone(form: Form, x: Tensor, bias: Tensor | None, threads: int) -> Tensor | None:
     return form(x, bias, 1)
-
-
-def _version(weight: Tensor) -> int | None:
-    # Tensors made under inference_mode do not count their changes.
-    return None if weight.is_inference() else weight._version
 
 
 class Product:
@@ -147,7 +150,7 @@ class Product:
         weight = layer._parameters["weight"]
         with _lock, torch.no_grad():
             found = self.structure_of(layer.matrix(weight.detach()))
-            self.packed = Packed(weight, weight.data_ptr(), _version(weight), found)
+            self.packed = Packed(weight, found)
             return self.packed
 
     def structure_of(self, matrix: Tensor) -> Structure:
@@ -169,7 +172,8 @@ class Product:
             if name is None:
                 forms = {name: form for name in names if (form := packed.form(name, matrix)) is not None}
                 name = DENSE
-                if forms:  # otherwise there is nothing to measure, nor to remember
+                # Otherwise there is nothing to measure, nor to remember.
+                if forms and can_read(layer._parameters["bias"], len(matrix), matrix.dtype):
                     name = fastest([_runs(layer, forms, sample, threads) for sample in layer.samples(x, range_)])
                     MEMORY.set(key, name)
             form = None if name == DENSE else packed.form(name, matrix)
@@ -238,9 +242,16 @@ def is_recorded(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def is_transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is at work, which sees torch's own operations alone."""
+    return forward_ad._current_level >= 0 or _transforms() is not None
+
+
 def is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether anything but dense may run: no gradients, no autocast, nothing that records operations."""
     if type(x) is not Tensor or x.dtype is not weight.dtype or x.device != weight.device or not x.numel():
+        return False
+    if bias is not None and (bias.dtype is not weight.dtype or bias.device != weight.device):
         return False
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -250,7 +261,7 @@ def is_allowed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
         return False
     is_traced = is_recorded(x) or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return not (is_traced or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type))
+    return not (is_traced or is_transformed() or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type))
 
 
 def _runs(layer: Layer, forms: dict[str, Form], x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
