@@ -383,7 +383,7 @@ def test_photos_are_seen_upright_and_16_bits_of_grey_are_not_cut(tmp_path: Path)
     Image.fromarray(np.array([[0, 100, 1000, 60000]], np.uint16)).save(folder / "b.png")
     stored.save(tmp_path / "train" / "two" / "c.png")
     Image.fromarray(np.array([[0.5]], np.float32)).save(tmp_path / "d.tiff")
-    images = load_images(DataSection(folder=tmp_path, score="dev", dev_share=0.4))
+    images = load_images(DataSection(folder=tmp_path, score="dev", dev_share=0.4, test_share=0))
     seen = {im.size: np.array(im)[:, :, 0] for im in (s.picture(i) for s in images.values() for i in range(len(s)))}
     assert np.array_equal(seen[2, 3], np.rot90(seen[3, 2], -1)) and seen[4, 1].tolist() == [[0, 0, 3, 234]]
     with pytest.raises(ValueError, match="its mode is F; expected 8 bits"):

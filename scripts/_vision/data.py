@@ -224,7 +224,7 @@ class Images(Dataset):
 
 def load_images(data: DataSection) -> dict[str, Images]:
     """The splits train, dev and test. Where the source has no dev, test is kept apart whatever `data.score` is, so that a run that
-    chooses settings by dev trains on no image of it; one with a dev of its own and no test has none while `data.score` is dev.
+    chooses settings by dev trains on no image of it, unless `data.test_share` is 0; one with a dev of its own and no test has none while `data.score` is dev.
 
     Raises:
         GaPError: if a file is missing or broken, or a split would be empty.
@@ -237,7 +237,7 @@ def load_images(data: DataSection) -> dict[str, Images]:
         found = _from_folder(data.folder)
     else:
         found = _from_hub(data)
-    if "test" not in found and (data.score == "test" or "dev" not in found):
+    if "test" not in found and (data.score == "test" or ("dev" not in found and data.test_share > 0)):
         found["train"], found["test"] = _split(found["train"], data.test_share, data.split_seed, "test")
     if "dev" not in found:
         found["train"], found["dev"] = _split(found["train"], data.dev_share, data.split_seed + 1, "dev")
