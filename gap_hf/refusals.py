@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from gap_hf.allocation import keep_counts, make_groups
 from gap_hf.config import GaPConfig
 from gap_hf.errors import GaPError
+from gap_hf.optimizer_state import unwrap
 from gap_hf.targets import find_targets
 
 # These update weights inside backward(), layer by layer, before anything could mask a gradient.
@@ -117,7 +118,8 @@ def check_setup(trainer: Trainer, config: GaPConfig) -> None:
             "gap.sparse_compute: computes with whole weights, and found a sharded model or optimizer; expected one process or DDP, or "
             "sparse_compute: false"
         )
-    if config.method == "parallel" and callable(getattr(trainer.optimizer, "eval", None)):
+    # Accelerate's wrapper has an `eval` whatever is inside it.
+    if config.method == "parallel" and callable(getattr(unwrap(trainer.optimizer), "eval", None)):
         raise GaPError(
             f"optimizers=: {type(trainer.optimizer).__name__} moves the weights for each evaluation and back, by state that P-GaP's "
             "merged view does not have; expected one such as AdamW"

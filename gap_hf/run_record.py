@@ -83,9 +83,9 @@ def read_run(folder: Path, *, measure: bool = True) -> RunRecord:
     # Of two saves of one step, the one at the top is the run's result.
     places.sort(key=lambda place: (_step(headers[place]), place == folder))
     newest = places[-1]
-    # The longest log: the one at the top may be from before training went on.
+    # The longest log: the one at the top may be from before training went on, and one may be cut short.
     states = [place / STATE for place in {folder: None, **dict.fromkeys(reversed(places))} if (place / STATE).is_file()]
-    log = max(map(_log, states), key=lambda entries: entries[-1]["step"] if entries else -1.0) if states else ()
+    log = max(_logs(folder, states), key=lambda entries: entries[-1]["step"] if entries else -1.0, default=())
     if not log:
         raise GaPError(f"{folder}: has no {STATE} with a log, which trainer.save_state() and every checkpoint write")
     by_step = {_step(headers[place]): place for place in places}
@@ -119,6 +119,21 @@ def _saves(places: list[tuple[int, Path, dict[str, Any]]]) -> tuple[Save, ...]:
 def _iou(mask: Tensor, other: Tensor) -> float:
     union = int((mask.bool() | other.bool()).sum())
     return int((mask.bool() & other.bool()).sum()) / union if union else 1.0
+
+
+def _logs(folder: Path, paths: list[Path]) -> list[tuple[dict[str, float], ...]]:
+    """Those that can be read: a checkpoint's may be cut short, by a kill, but not the folder's own nor all of them."""
+    logs, errors = [], []
+    for path in paths:
+        try:
+            logs.append(_log(path))
+        except GaPError as error:
+            if path.parent == folder:
+                raise
+            errors.append(error)
+    if errors and not logs:
+        raise errors[0]
+    return logs
 
 
 def _log(path: Path) -> tuple[dict[str, float], ...]:

@@ -19,6 +19,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     MarianConfig,
     MarianMTModel,
     PreTrainedTokenizerFast,
@@ -235,6 +237,21 @@ def test_models_that_cannot_be_measured(make: Any, length: int, expected: str) -
     with pytest.raises(GaPError, match=re.escape(expected)):
         measure(subject_of(make()), TORCH, Settings(batches=(2,), repeats=3, length=length), say=said.append)
     assert not said  # no rival was made before it
+
+
+def test_encoders_that_go_beyond_the_positions_of_their_config() -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=64,
+        max_position_embeddings=16,
+    )
+    model = LlamaForSequenceClassification(config)  # rotary
+    model.config.pad_token_id = 0
+    report = measure(subject_of(model), TORCH, Settings(batches=(1,), repeats=3, length=24), say=lambda _: None)
+    assert report.cells
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import classify_images  # noqa: E402
 from _images import open_picture  # noqa: E402
 from _norms import RecalibratedTrainer  # noqa: E402
-from _vision.data import DataSection, load_images  # noqa: E402
+from _vision.data import DataSection, _from_hub, load_images  # noqa: E402
 from _vision.model import ImageFormat, ModelSection, known_format, load_model, make_schedule, of_processor  # noqa: E402
 from _vision.scoring import accuracy, best_classes  # noqa: E402
 from _vision.training import Batches, image_format, make_mixup, set_transforms  # noqa: E402
@@ -264,6 +264,19 @@ def test_labels_that_are_none(tmp_path: Path) -> None:
         Rows.from_dict({"image": pictures, "label": labels}).to_parquet(folder / "train.parquet")
         with pytest.raises(GaPError, match=sentence):
             load_images(DataSection(dataset=str(folder), images="image", labels="label"))
+
+
+def test_labels_that_are_true_or_false_and_a_split_of_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from datasets import Dataset as Rows
+
+    pictures = [Image.fromarray(np.zeros((4, 4, 3), np.uint8)) for _ in range(8)]
+    rows = Rows.from_dict({"image": pictures, "label": [False, True] * 4})
+    # A split of no rows comes from the Hub only: load_dataset refuses a folder's.
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: rows if split == "train" else rows.select([]))
+    found = _from_hub(DataSection(dataset="a/b", images="image", labels="label", test_split="test"))
+    assert found["train"].labels.tolist() == [0, 1] * 4 and found["train"].classes == ["0", "1"]
+    assert found["test"].labels.tolist() == []
 
 
 def test_arrays_and_folders(tmp_path: Path) -> None:

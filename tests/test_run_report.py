@@ -171,6 +171,13 @@ def test_the_log_is_the_one_that_goes_furthest(run: Path) -> None:
     assert read_run(run, measure=False).log[-1]["step"] == STEPS
 
 
+def test_a_checkpoint_whose_state_is_cut_short(run: Path) -> None:
+    (run / "trainer_state.json").unlink()
+    cut, *_, last = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    cut.write_text(cut.read_text()[:100])
+    assert read_run(run, measure=False).log[-1]["step"] == int(last.parent.name.split("-")[1])
+
+
 def test_numbers_that_are_none_are_left_out(run: Path) -> None:
     state = json.loads((run / "trainer_state.json").read_text())
     state["log_history"] += [{"loss": float("nan"), "step": 24}, {"eval_f1": "0.5", "step": 24}, {"eval_f1": 0.25}]

@@ -325,6 +325,21 @@ def test_refused(config, changes, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_optimizer_that_accelerate_has_wrapped(tmp_path: Path) -> None:
+    first = gap_trainer(tmp_path / "a", config=CONFIG, gradient_accumulation_steps=2)
+    first.train()
+    assert callable(first.optimizer.eval)
+    again = gap_trainer(
+        tmp_path / "b",
+        config=CONFIG,
+        model=first.model,
+        gradient_accumulation_steps=2,
+        optimizers=(first.optimizer, None),
+    )
+    again.train()
+    assert again.gap.report()["sparsity"] == first.gap.report()["sparsity"]
+
+
 def test_a_run_that_is_stopped_in_a_round_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -100,6 +100,7 @@ def measure(
 def _check_inputs(subject: Subject, settings: Settings, inputs: Inputs, *, is_text: bool) -> None:
     """Before rivals are made, which takes a while."""
     limit = getattr(subject.model.config, "max_position_embeddings", None)
+    too_long: GaPError | None = None
     if subject.task != IMAGES and isinstance(limit, int):
         needed = length = inputs["input_ids"].shape[1]
         if subject.generates:
@@ -107,12 +108,15 @@ def _check_inputs(subject: Subject, settings: Settings, inputs: Inputs, *, is_te
         if needed > limit:
             found = f"--text: its sources have up to {length} tokens" if is_text else f"--length: found {length}"
             also = f", and --tokens is {settings.tokens}" if subject.generates else ""
-            raise GaPError(f"{found}{also}, but the model has {limit} positions")
-    if not subject.generates:
-        try:
-            TorchRival(subject, subject.model).forward(inputs)()
-        except Exception as error:  # whatever a stranger's model raises
-            raise _cannot_run(subject, inputs, error) from error
+            too_long = GaPError(f"{found}{also}, but the model has {limit} positions")
+    if subject.generates:
+        if too_long is not None:
+            raise too_long
+        return
+    try:  # and no limit that a config names: relative and rotary positions go beyond it
+        TorchRival(subject, subject.model).forward(inputs)()
+    except Exception as error:  # whatever a stranger's model raises
+        raise too_long or _cannot_run(subject, inputs, error) from error
 
 
 def _cannot_run(subject: Subject, inputs: Inputs, error: Exception) -> GaPError:

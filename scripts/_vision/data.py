@@ -342,6 +342,8 @@ def _from_hub(data: DataSection) -> dict[str, Images]:
                 hint = did_you_mean(column, rows.column_names)
                 raise GaPError(f"data.{key}: '{data.dataset}' has no column '{column}'{hint}")
         labels = np.array(rows[data.labels])
+        if labels.dtype.kind == "b" or not len(labels):
+            labels = labels.astype(np.int64)
         known = getattr(rows.features[data.labels], "names", None)
         if labels.dtype.kind not in "iu":
             raise GaPError(
@@ -352,7 +354,7 @@ def _from_hub(data: DataSection) -> dict[str, Images]:
             raise GaPError(
                 f"data.{split}_split: {name} of {data.dataset} has the label {labels.min()}, that is none; expected a split with labels"
             )
-        known = known or [str(n) for n in range(int(labels.max()) + 1)]
+        known = known or [str(n) for n in range(int(labels.max(initial=-1)) + 1)]
         pictures = rows.select_columns([data.images])
         out[split] = Images(labels, known, open=Reader(pictures))
     return out
