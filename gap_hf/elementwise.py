@@ -19,6 +19,10 @@ _SCHEDULE_FREE_KEYS = {"train_mode", "weight_sum", "lr_max"}
 _PROBE_STEPS = 3
 
 
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    return any(_SCHEDULE_FREE_KEYS & group.keys() for group in optimizer.param_groups)
+
+
 def check_elementwise(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose update of a weight depends on others, by a trial of its class if torch's own are unlike it.
 
@@ -27,7 +31,7 @@ def check_elementwise(optimizer: Optimizer) -> None:
     """
     if type(optimizer) in _KNOWN:
         return
-    if any(_SCHEDULE_FREE_KEYS & group.keys() for group in optimizer.param_groups):
+    if is_schedule_free(optimizer):
         why = "moves weights outside its step"
     else:
         try:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -137,7 +136,8 @@ def _pack(tensor: Tensor, mask: Tensor, pattern: Pattern | None) -> tuple[Tensor
 def _mask_of_zeros(key: str, tensor: Tensor) -> Tensor | None:
     if tensor.ndim < 2 or not tensor.numel():
         return None
-    mask = (tensor.contiguous().view(torch.uint8).reshape(*tensor.shape, -1) != 0).any(dim=-1)
+    # Products with a mask leave -0 too, which is as good a zero; of one byte, torch compares integers only.
+    mask = (tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor) != 0
     return mask if int(mask.sum()) * 2 <= mask.numel() else None
 
 

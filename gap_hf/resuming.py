@@ -52,18 +52,27 @@ class ResumeMixin(_Base):
         """What lies beside the best model's weights, which Trainer has just loaded; None if it has not.
 
         Raises:
-            GaPError: if P-GaP's replicas are apart and only some processes have loaded it.
+            GaPError: if P-GaP's replicas are apart, or the model is sharded, and only some processes have loaded it.
         """
-        best, state = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None, None
-        if best is not None and not any(Path(best).glob("*.safetensors")):
-            # Other nodes make the folder for their random states; Trainer warns of the weights.
+        wanted, state, failure = self.args.load_best_model_at_end, None, None
+        best = self.state.best_model_checkpoint if wanted else None
+        if best is not None and not (Path(best) / checkpoint.CONFIG_NAME).is_file() and not _has_weights(Path(best)):
+            # Other nodes make the folder for their random states, and P-GaP's replicas; Trainer warns of the weights.
             logger.warning("%s holds no masks on this node; set training.save_on_each_node: true", best)
         elif best is not None:
-            state = checkpoint.load(best)
-        if sparsifier.workers.apart and len(set(all_objects(state is not None))) > 1:
+            try:
+                state = checkpoint.load(best)
+            except GaPError as error:
+                failure = error
+        # What follows takes all processes there, so that none may go on, or stop, by itself.
+        together = sparsifier.workers.apart or (wanted and is_sharded(sparsifier.model))
+        found = all_objects(state is not None) if together else []
+        if failure is not None:
+            raise failure
+        if len(set(found)) > 1:
             raise GaPError(
-                "training.load_best_model_at_end: only some processes find the best checkpoint on their disk, and the others cannot "
-                "merge without them; set training.save_on_each_node: true"
+                "training.load_best_model_at_end: only some processes find the best checkpoint's masks on their disk, and the others "
+                "cannot go on without them; set training.save_on_each_node: true"
             )
         return state
 
@@ -79,7 +88,7 @@ class ResumeMixin(_Base):
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # these save by the model's own names
             return False
-        if not any(Path(folder).glob("*.safetensors")):  # another node's disk has them; Trainer says so
+        if not _has_weights(Path(folder)):  # another node's disk has them; Trainer says so
             return False
         renamed = {key for path in weight_files(Path(folder)) for key in keys_of(path)} - model.state_dict().keys()
         if not renamed:
@@ -98,3 +107,8 @@ class ResumeMixin(_Base):
             raise GaPError(f"{folder}: has no weights for '{missing[0]}'")
         model.load_state_dict(loaded.state_dict())
         return True
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's files, and not only ours: each node keeps its own workers' replicas."""
+    return any(not path.name.startswith("gap_") for path in folder.glob("*.safetensors"))

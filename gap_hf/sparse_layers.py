@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 def sparse_compute(sparsifier: Sparsifier) -> Iterator[None]:
     """Let the sparse layers of a sparsifier's model skip masked weights while this is open.
 
+    What is written to a weight through ``.data`` torch does not count, and is not seen before the next change of masks: write
+    to it under ``torch.no_grad()``.
+
     Args:
         sparsifier: Its model is on a CPU and in fp32; what is not stays dense.
 

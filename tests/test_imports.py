@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "live_state": _PURE | {"elementwise", "masks", "optimizer_state"},
     "master_weights": {"live_state", "masks"},
     "density_rates": {"errors", "masks"},
-    "kept_state": _PURE | {"density_rates", "live_state", "master_weights", "masks", "optimizer_state"},
+    "kept_state": _PURE | {"density_rates", "elementwise", "live_state", "master_weights", "masks", "optimizer_state"},
     "packed_gradients": {"errors", "live_state"},
     "sparse_products": {"inference"},
     "sparse_layers": {"errors", "inference", "sparse_products"},

@@ -35,7 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from gap_hf import GaPConfig, GaPError, GaPMixin, GaPTrainer
+from gap_hf import GaPConfig, GaPError, GaPMixin, GaPTrainer, resuming
 from gap_hf.patterns import num_kept
 from gap_hf.refusals import check_deepspeed, check_setup
 
@@ -497,10 +497,28 @@ def test_a_best_checkpoint_that_is_on_another_nodes_disk(tmp_path: Path, caplog:
     here = tmp_path / "checkpoint-2"
     here.mkdir()
     (here / "rng_state_1.pth").touch()
+    (here / "gap_worker1.safetensors").touch()  # P-GaP's replicas lie on their own node's disk
     trainer.state.best_model_checkpoint = str(here)
     trainer._load_best_model()
     trainer._gap_end()
     assert "training.save_on_each_node: true" in caplog.text
+
+
+def test_all_processes_hear_of_a_best_checkpoint_that_only_some_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _ = watched(tmp_path / "out", load_best_model_at_end=True, eval_dataset=Tokens(8), **EVALUATED)
+    trainer.train()
+    said = []
+    monkeypatch.setattr(resuming, "is_sharded", lambda model: True)
+    monkeypatch.setattr(resuming, "all_objects", lambda mine: said.append(mine) or [mine, not mine])
+    with pytest.raises(GaPError, match="only some processes find the best checkpoint's masks"):
+        trainer._gap_end()  # one that has it
+    best = Path(trainer.state.best_model_checkpoint)
+    (best / "gap_masks.safetensors").write_bytes(b"cut short")
+    with pytest.raises(GaPError, match=r"gap_masks\.safetensors"):
+        trainer._gap_end()  # one that cannot read it says so to the others before it stops
+    assert said == [True, False]
 
 
 def test_auto_find_batch_size_starts_over(tmp_path: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
-from toys import Tokens, causal_lm, gap_trainer
+from toys import Tokens, arguments, causal_lm, gap_trainer
 from transformers import TrainerCallback
 
-from gap_hf import GaPConfig, GaPError, Sparsifier, make_plan
+from gap_hf import GaPConfig, GaPError, GaPTrainer, Sparsifier, make_plan
 from gap_hf.allocation import make_groups
 from gap_hf.merging import merge_rules
 from gap_hf.phases import PARALLEL
@@ -323,6 +324,24 @@ def test_refused(config, changes, message: str, tmp_path: Path) -> None:
     with pytest.raises(GaPError, match=message):
         gap_trainer(tmp_path / "out", config={**CONFIG.to_dict(), **config}, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_free_optimizer_that_the_trainer_makes_is_refused(tmp_path: Path) -> None:
+    import schedulefree
+
+    class Trainer(GaPTrainer):
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            self.optimizer = schedulefree.AdamWScheduleFree(self.model.parameters(), lr=1e-2)
+            return self.optimizer
+
+    trainer = Trainer(
+        model=causal_lm(),
+        args=arguments(tmp_path, gradient_accumulation_steps=2),
+        train_dataset=Tokens(),
+        gap_config=CONFIG,
+    )
+    with pytest.raises(GaPError, match="'parallel' found AdamWScheduleFree, which moves the weights"):
+        trainer.train()
 
 
 def test_an_optimizer_that_accelerate_has_wrapped(tmp_path: Path) -> None:
