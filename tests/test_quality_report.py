@@ -14,7 +14,7 @@ from quality import report, write_tier
 from _quality.bootstrap import bleu_of, p_value, resampled_bleu
 from _quality.cell import Cell
 from _quality.results import pack, result_path, unpack, write_json
-from _quality.rows import build
+from _quality.rows import _compare, build
 from _quality.tables import markdown, show_p
 from _quality.tier import load_tier
 from _translation.scoring import Scorer
@@ -101,6 +101,13 @@ def made_up(cell: Cell, references: list[str], *, loss: float = 2.0) -> dict[str
         "code_sha256": ["0", "1"] if cell.method == "gmp" else ["1"],
         "sentence_statistics": pack(Scorer().sentence_statistics(hypotheses, references)),
     }
+
+
+def test_a_dense_run_of_other_settings_is_not_what_others_are_compared_with() -> None:
+    keys: Any = [("dense", None, 1, ""), ("gmp", 0.9, 1, ""), ("dense", None, 1, "rate")]
+    rows: Any = [{"bleu_mean": mean, "label": key[0]} for key, mean in zip(keys, (20.0, 18.0, 10.0), strict=True)]
+    _compare(rows, keys, {key: np.full(50, row["bleu_mean"]) for key, row in zip(keys, rows, strict=True)})
+    assert rows[1]["difference_to_dense"] == -2
 
 
 def test_the_report_of_results_some_of_which_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def _row(tier: Tier, key: Key, cells: Sequence[Cell], found: dict[str, dict[str,
 def _compare(rows: list[dict[str, Any]], keys: list[Key], means: dict[Key, np.ndarray]) -> None:
     """Fill in the comparisons, each among runs of the same length: with dense, and with the best other sparse method."""
     by_key = dict(zip(keys, rows, strict=True))
-    dense = {key[2]: key for key in means if key[1] is None}
+    dense = {key[2]: key for key in means if key[1] is None and not key[3]}
     for key in means:
         row = by_key[key]
         if key[1] is None:
