@@ -56,6 +56,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether `weight_files` would find any: the folder of a checkpoint that another node's disk has holds ours at most."""
+    return bool(_not_ours(folder))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The model's safetensors files, in order of name; those of masks and of P-GaP's workers are none, and where some have
     transformers' names, others, such as an average of the weights, are none.
@@ -63,11 +68,15 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         GaPError: if there are none.
     """
-    files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("gap_", "."))]
+    files = _not_ours(folder)
     files = [path for path in files if path.name.startswith("model")] or files
     if not files:
         raise GaPError(f"{folder}: has no safetensors weights; expected model.safetensors or its shards")
     return files
+
+
+def _not_ours(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("gap_", "."))]
 
 
 @contextmanager

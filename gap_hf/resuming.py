@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from gap_hf import checkpoint
 from gap_hf.distributed import all_objects
 from gap_hf.errors import GaPError
-from gap_hf.folder_files import keys_of, weight_files
+from gap_hf.folder_files import has_weights, keys_of, weight_files
 from gap_hf.shards import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ResumeMixin(_Base):
         """
         wanted, state, failure = self.args.load_best_model_at_end, None, None
         best = self.state.best_model_checkpoint if wanted else None
-        if best is not None and not (Path(best) / checkpoint.CONFIG_NAME).is_file() and not _has_weights(Path(best)):
+        if best is not None and not (Path(best) / checkpoint.CONFIG_NAME).is_file() and not has_weights(Path(best)):
             # Other nodes make the folder for their random states, and P-GaP's replicas; Trainer warns of the weights.
             logger.warning("%s holds no masks on this node; set training.save_on_each_node: true", best)
         elif best is not None:
@@ -88,7 +88,7 @@ class ResumeMixin(_Base):
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # these save by the model's own names
             return False
-        if not _has_weights(Path(folder)):  # another node's disk has them; Trainer says so
+        if not has_weights(Path(folder)):  # another node's disk has them; Trainer says so
             return False
         renamed = {key for path in weight_files(Path(folder)) for key in keys_of(path)} - model.state_dict().keys()
         if not renamed:
@@ -107,8 +107,3 @@ class ResumeMixin(_Base):
             raise GaPError(f"{folder}: has no weights for '{missing[0]}'")
         model.load_state_dict(loaded.state_dict())
         return True
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether a folder holds a model's files, and not only ours: each node keeps its own workers' replicas."""
-    return any(not path.name.startswith("gap_") for path in folder.glob("*.safetensors"))
